@@ -24,6 +24,7 @@ from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.requests.servers import Defaults
 from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, PassingPreflight
 from labkeeper.testing.world import FakeBackend, World
+from labkeeper.usage_log import UsageLog
 
 TOKEN = "a-token-of-the-tests"
 """The owner token."""
@@ -63,6 +64,7 @@ class FakeKeeper:
     world: World = field(default_factory=World)
     store: MemoryStore = field(default_factory=MemoryStore)
     probe: FixedProbe = field(default_factory=FixedProbe)
+    usage_log: UsageLog | None = None
 
 
 @contextmanager
@@ -75,6 +77,7 @@ def fake_keeper(
     executor = KeyedExecutor(mailbox.post)
     backend = FakeBackend(mailbox.post, world, validate=Paths(notebook_dir).validate)
     event_log = EventLog(store, clock, size=1000)
+    usage_log = UsageLog(store, clock, period=5.0)
     fleet = Fleet(
         backend=backend,
         preflight=PassingPreflight(),
@@ -83,7 +86,7 @@ def fake_keeper(
         executor=executor,
         clock=clock,
         policy=policy or Policy(),
-        subscribers=(board.changed, event_log.changed, board.wake),
+        subscribers=(board.changed, event_log.changed, usage_log.changed, board.wake),
     )
     keeper = Keeper(fleet, mailbox, executor, board, clock)
     keeper.start()
@@ -101,11 +104,13 @@ def fake_keeper(
         "tokens": tokens,
         "sessions": Sessions(store, clock, event_log, lambda _begun, _ended: None),
         "authenticators": [TokenAuthenticator(tokens), PeerAuthenticator(is_server)],
+        "usage_history": usage_log.history,
+        "recent_usage": usage_log.recent,
         "start_wait": 5.0,
         "stop_wait": 5.0,
     }
     try:
-        yield FakeKeeper(keeper, Services(**spoken_for | services), world, store, probe)
+        yield FakeKeeper(keeper, Services(**spoken_for | services), world, store, probe, usage_log)
     finally:
         if keeper.alive:
             keeper.close()

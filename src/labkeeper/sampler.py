@@ -1,13 +1,14 @@
-"""Resource usage samples, taken by one thread while they are requested; requests get the last one.
+"""Resource usage samples, taken by one thread; requests get the last one.
 
-Processes are measured in each period. The servers are asked for their kernels and connections by
-another thread, so that one that hangs, or waits for its gateway, delays no measurement.
+Processes are measured in each period. The servers are asked for their kernels and connections only
+while samples are requested, and by another thread, so that one that hangs, or waits for its
+gateway, delays no measurement.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -19,10 +20,10 @@ from labkeeper.core.server import Load, Sample, Snapshot, Usage
 from labkeeper.core.spec import QualifiedName
 from labkeeper.threads import ThreadGroup
 
-_WANTED_FOR: Final = 60.0
-"""Seconds of sampling after a request."""
-_LOOK_EVERY: Final = 0.2
-"""Interval in seconds between checks for a request, while there is none."""
+_ASKED_FOR: Final = 60.0
+"""Seconds after a request during which servers are asked for their kernels and connections."""
+_AT_FIRST: Final = 0.2
+"""Interval in seconds before the first two samples, as CPU usage takes two."""
 _LOADS_EVERY: Final = 3
 """Periods between two rounds of requests to the servers."""
 
@@ -41,21 +42,28 @@ class Sampler:
         threads: ThreadGroup,
         clock: Clock,
         period: float,
+        record: Callable[[Mapping[QualifiedName, Sample]], None],
     ) -> None:
-        """`servers` returns all servers; `period` is in seconds, 0 disables sampling."""
+        """`servers` returns all servers; `period` is in seconds, 0 disables sampling.
+
+        `record` receives the samples of each measurement.
+        """
         self._backend = backend
         self._probe = probe
         self._servers = servers
         self._threads = threads
         self._clock = clock
         self._period = period
+        self._record = record
         self._asked = float("-inf")
         self._samples: dict[QualifiedName, Sample] = {}
         self._loads: dict[QualifiedName, tuple[int, Load]] = {}
         self._asking = threading.Thread()
         """The thread that asks servers or last did; before the first, one that is not started."""
         self._rounds = 0
-        """Number of measurements since the first request."""
+        """Number of measurements."""
+        self._measured_at = float("-inf")
+        """When samples were last taken, by the clock that never goes back."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -75,16 +83,16 @@ class Sampler:
         return sample
 
     def _pause(self) -> float:
-        # Sample soon after the first request, and again soon: CPU usage takes two samples.
-        return self._period if self._rounds > 1 else _LOOK_EVERY
+        if self._rounds <= 1:
+            return min(_AT_FIRST, self._period)
+        # In the middle of the intervals of the usage log, so that each interval has its sample.
+        return self._period - (self._clock.time() - self._period / 2) % self._period
 
     def _round(self) -> None:
-        if self._clock.monotonic() - self._asked >= _WANTED_FOR:
-            # An outdated sample could be mistaken for a new one.
-            self._samples, self._rounds = {}, 0
-            return
         self._sample()
-        if self._rounds % _LOADS_EVERY == 0 and not self._asking.is_alive():
+        if self._clock.monotonic() - self._asked >= _ASKED_FOR:
+            self._loads = {}
+        elif self._rounds % _LOADS_EVERY == 0 and not self._asking.is_alive():
             self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
 
@@ -95,18 +103,21 @@ class Sampler:
         except BackendError as error:
             _log.warning("cannot measure what servers use", error=error.message)
             return
-        now = self._clock.time()
+        now = self._clock.monotonic()
+        elapsed, self._measured_at = now - self._measured_at, now
         self._samples = {
-            name: self._sample_of(name, running[name].generation, now, usage)
+            name: self._sample_of(name, running[name].generation, elapsed, usage)
             for name, usage in usages.items()
         }
+        self._record(self._samples)
 
-    def _sample_of(self, name: QualifiedName, generation: int, now: float, usage: Usage) -> Sample:
-        before = self._samples.get(name)
-        cpus = None
-        if before is not None and before.generation == generation and now > before.at:
+    def _sample_of(
+        self, name: QualifiedName, generation: int, elapsed: float, usage: Usage
+    ) -> Sample:
+        now, before, cpus = self._clock.time(), self._samples.get(name), None
+        if before is not None and before.generation == generation and elapsed > 0:
             spent = max(0.0, usage.cpu_seconds - before.usage.cpu_seconds)
-            cpus = round(spent / (now - before.at), 3)
+            cpus = round(spent / elapsed, 3)
         asked, load = self._loads.get(name, (None, None))
         return Sample(generation, now, usage, cpus, load if asked == generation else None)
 

@@ -22,7 +22,7 @@ from labkeeper.api.auth import (
     SEE_SERVERS,
     Rule,
 )
-from labkeeper.api.handlers import access, culling, events, keeper, links, logs, servers
+from labkeeper.api.handlers import access, culling, events, keeper, links, logs, servers, usage
 from labkeeper.api.handlers.common import Answer
 from labkeeper.api.services import Services
 from labkeeper.schema.answers.access import (
@@ -38,6 +38,7 @@ from labkeeper.schema.answers.culling import Idle, IdleList
 from labkeeper.schema.answers.events import EventList, WebhookList
 from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Readiness, Version
 from labkeeper.schema.answers.servers import BulkResults, KernelList, Server, ServerList
+from labkeeper.schema.answers.usage import UsageHistory
 from labkeeper.schema.queries import of_query
 
 
@@ -91,6 +92,8 @@ ROUTES: Final = (
           {200: "text/plain"}, (404,)),
     Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, servers.list_kernels, "servers",
           {200: KernelList}, (404, 409, 503, 504)),
+    Route("GET", "/api/servers/<name>/usage", SEE_SERVER, usage.get_usage, "servers",
+          {200: UsageHistory}, (404, 503)),
     Route("GET", "/api/orphaned-kernels", SEE_KEEPER, keeper.list_orphaned_kernels, "servers",
           {200: OrphanedKernelList}),
     Route("GET", "/api/events", SEE_SERVERS, events.list_events, "history",

@@ -11,7 +11,8 @@ from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, CullStatus, Probe
 from labkeeper.core.server import GatewayHealth, OrphanedKernel, Sample, Snapshot
-from labkeeper.core.spec import Gateway
+from labkeeper.core.spec import Gateway, QualifiedName
+from labkeeper.core.usage import RecentUsage, UsageHistory
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import Authenticator
 from labkeeper.identity.sessions import Sessions
@@ -40,6 +41,10 @@ class Services:
     sessions: Sessions
     authenticators: Sequence[Authenticator]
     """Tried in this order."""
+    usage_history: Callable[[QualifiedName, float | None], UsageHistory]
+    """Returns a server's usage since a time, None for an hour ago. Raises StoreError."""
+    recent_usage: Callable[[Collection[QualifiedName], int], Mapping[QualifiedName, RecentUsage]]
+    """Returns the last points of the servers that have any, as many as asked for, from memory."""
     url: str = "http://127.0.0.1:8000"
     """The keeper's URL as seen from its machine."""
     hosts: Collection[str] = ()

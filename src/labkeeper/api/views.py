@@ -14,7 +14,8 @@ from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.ports import Library
 from labkeeper.core.server import Failure, OrphanedKernel, Sample, Snapshot
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
-from labkeeper.schema.answers import access, culling, events, keeper, servers
+from labkeeper.core.usage import UsageHistory
+from labkeeper.schema.answers import access, culling, events, keeper, servers, usage
 
 _OF_ENDPOINT: Final = (
     "base_url",
@@ -106,15 +107,15 @@ def _limit_models(
 def _usage_model(sample: Sample | None) -> servers.Usage | None:
     if sample is None:
         return None
-    usage, load = sample.usage, sample.load
+    used, load = sample.usage, sample.load
     return servers.Usage(
         at=format_time(sample.at),
-        memory=usage.memory,
-        memory_proportional=usage.proportional,
-        cpu_seconds=round(usage.cpu_seconds, 3),
+        memory=used.memory,
+        memory_proportional=used.proportional,
+        cpu_seconds=round(used.cpu_seconds, 3),
         cpus=sample.cpus,
-        processes=usage.processes,
-        threads=usage.threads,
+        processes=used.processes,
+        threads=used.threads,
         kernels=load.kernels if load else None,
         connections=load.connections if load else None,
     )
@@ -248,6 +249,22 @@ def idle_model(told: Explanation) -> culling.Idle:
         last_used=verdict.last_used,
         snoozed_until=_time_or_none(told.snapshot.snoozed_until),
         looked_at=at(told.looked_at),
+    )
+
+
+def usage_history_model(found: UsageHistory) -> usage.UsageHistory:
+    """Return the answer for a history of usage."""
+    return usage.UsageHistory(
+        since=format_time(found.since),
+        until=format_time(found.until),
+        resolution=found.resolution,
+        start=format_time(found.start),
+        memory=found.memory,
+        memory_max=found.memory_max,
+        cpus=found.cpus,
+        cpus_max=found.cpus_max,
+        kernels=found.kernels,
+        generation=found.generation,
     )
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import httpx
@@ -46,6 +47,7 @@ from labkeeper.schema.answers.servers import (
     Server,
     ServerList,
 )
+from labkeeper.schema.answers.usage import UsageHistory
 
 if TYPE_CHECKING:
     from labkeeper.schema.requests.servers import ServerRequest
@@ -324,6 +326,19 @@ class Calls:
     def me(self) -> Call[Caller]:
         """Return this client's identity and permissions."""
         return Call("GET", "/api/me", reading(Caller))
+
+    # Usage
+
+    def usage(
+        self, name: str, *, since: float | str | datetime | None = None
+    ) -> Call[UsageHistory]:
+        """Return a server's usage over time, by default of the last hour.
+
+        `since` is a time, or a duration before now: seconds, or text such as `7d`. Raises
+        ServerNotFound, InvalidSpec, StoreError.
+        """
+        begin = since.astimezone().isoformat() if isinstance(since, datetime) else since
+        return Call("GET", _path(name, "/usage"), reading(UsageHistory), query=_given(since=begin))
 
     # Culling
 

@@ -40,6 +40,14 @@ def _read(text: str) -> float:
     )
 
 
+def moment(text: str) -> datetime:
+    """Parse a time as RFC 3339 has it. Raises ValueError."""
+    found = datetime.fromisoformat(text)
+    if found.tzinfo is None:
+        raise ValueError("must end with Z or an offset such as +01:00")
+    return found
+
+
 def format_duration(seconds: float) -> str:
     """Format a duration in its two largest units: `2 h 3 min`."""
     left, words = max(0, round(seconds)), list[str]()

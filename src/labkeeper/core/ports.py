@@ -33,6 +33,7 @@ from labkeeper.core.server import (
     Visits,
 )
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerSpec
+from labkeeper.core.usage import Point
 
 
 class Clock(Protocol):
@@ -311,6 +312,32 @@ class HistoryStore(Protocol):
 
     def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
+
+
+UsagePoints = Mapping[tuple[QualifiedName, int], Collection[Point]]
+"""Points by server and by name of their level."""
+
+
+class UsageStore(Protocol):
+    """Storage for the usage of servers over time; `Store.forget` removes that of the server."""
+
+    def add_usage(self, points: UsagePoints) -> None:
+        """Add points in one transaction, merged with those of the same intervals.
+
+        Those of servers that are not stored are dropped. Raises StoreError.
+        """
+
+    def trim_usage(self, sizes: Mapping[int, int]) -> None:
+        """Keep the newest points of each server, as many as each level allows. Raises StoreError.
+
+        By number and not by age, since the clock may be wrong.
+        """
+
+    def usage(self, server: QualifiedName, level: int, *, since: int) -> list[Point]:
+        """Return the points of a level that start at `since` or later, oldest first.
+
+        Raises StoreError.
+        """
 
 
 class Executor(Protocol):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from werkzeug.datastructures import MultiDict
 
+from labkeeper.core.durations import LONGEST_TEXT, duration, moment
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import NAME_PATTERN
@@ -155,6 +158,35 @@ class SessionQuery(_Parameters):
     owner: OwnerName = Field(
         _ABSENT,
         description="Only those for servers of this owner, among those that the caller may see.",
+    )
+
+
+def _since(given: object) -> timedelta | datetime:
+    text = str(given)
+    with suppress(ValueError):
+        return timedelta(seconds=duration(text))
+    with suppress(ValueError):
+        return moment(text)
+    raise ValueError(
+        "must be a duration such as '90m', '2h' or '7d', of at most 366 days, "
+        "or a time such as '2026-12-01T08:00:00Z'"
+    )
+
+
+class UsageQuery(_Parameters):
+    """How much of a history of usage to return."""
+
+    since: Annotated[
+        timedelta | datetime,
+        BeforeValidator(
+            _since, json_schema_input_type=Annotated[str, Field(max_length=LONGEST_TEXT)]
+        ),
+    ] = Field(
+        "1h",
+        validate_default=True,
+        description=(
+            "Where to begin: a time (RFC 3339), or a duration before now, such as `90m` or `7d`."
+        ),
     )
 
 

@@ -56,6 +56,7 @@ from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
 from labkeeper.threads import ThreadGroup
+from labkeeper.usage_log import UsageLog
 from labkeeper.web.dashboard import dashboard
 
 VERSION: Final = version("labkeeper")
@@ -110,6 +111,7 @@ def assemble(
         history.event_log.changed,
         culler.changed,
         sessions.changed,
+        history.usage_log.changed,
         # Before those who wait for a server: they may use its route at once.
         *([] if edge is None else [edge.changed]),
         base.board.wake,
@@ -127,6 +129,7 @@ def assemble(
         threads=base.threads,
         clock=base.clock,
         period=chosen.usage_period,
+        record=history.usage_log.record,
     )
     sampler.start()
     culler.start()
@@ -180,9 +183,10 @@ def _base(chosen: Settings, stack: ExitStack) -> _Base:
 
 @dataclass(frozen=True, slots=True)
 class _History:
-    """Event log, metrics and webhooks."""
+    """Event log, usage log, metrics and webhooks."""
 
     event_log: EventLog
+    usage_log: UsageLog
     metrics: Metrics
     webhooks: Callable[[], list[WebhookStatus]]
     """Returns the status of the webhooks."""
@@ -203,13 +207,15 @@ def _history(chosen: Settings, base: _Base, edge: Edge | None, stack: ExitStack)
     event_log = EventLog(
         base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard]
     )
+    usage_log = UsageLog(base.store, base.clock, period=chosen.usage_period)
+    usage_log.start(base.threads)
+    stack.callback(usage_log.save)
     if (webhook := _webhook(chosen, event_log, base)) is not None:
         webhooks.append(webhook)
         stack.callback(webhook.close)
         webhook.start()
-    return _History(
-        event_log, metrics, statuses, dict if webhook is None else lambda: webhook.failing
-    )
+    failing = dict if webhook is None else lambda: webhook.failing
+    return _History(event_log, usage_log, metrics, statuses, failing)
 
 
 def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | None:
@@ -362,6 +368,8 @@ def _services(
         failing=lambda: {**base.threads.failing, **history.failing()},
         usage=sampler.of,
         check_gateway=gateways.check,
+        usage_history=history.usage_log.history,
+        recent_usage=history.usage_log.recent,
         culler=culler,
         max_snooze=chosen.max_snooze,
         defaults=defaults(chosen),

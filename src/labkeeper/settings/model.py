@@ -342,8 +342,8 @@ class Settings(BaseModel):
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0,
         description=(
-            "Seconds between two measurements of resource usage while it is being requested. "
-            "0: never."
+            "Seconds between two measurements of resource usage. "
+            "0: never, so there is neither usage nor a history of it."
         ),
     )
     max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(

@@ -2,7 +2,8 @@
 
 One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event;
 per webhook, with its last delivered event; per token, and per browser session, only as a hash; per
-runtime directory in which servers may run. One row has the last use of all sessions.
+runtime directory in which servers may run; per interval in which the usage of a server was
+measured. One row has the last use of all sessions.
 
 `PRAGMA user_version` is the schema version.
 """
@@ -63,6 +64,17 @@ MIGRATIONS: Final = (
     ),
     "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS session_use (id INTEGER PRIMARY KEY, use TEXT NOT NULL) STRICT",
+    (
+        "CREATE TABLE IF NOT EXISTS usage ("
+        "server TEXT NOT NULL, level INTEGER NOT NULL, at INTEGER NOT NULL, "
+        "generation INTEGER NOT NULL, samples INTEGER NOT NULL, "
+        "memory INTEGER NOT NULL, memory_max INTEGER NOT NULL, "
+        "cpus REAL NOT NULL, cpus_max REAL NOT NULL, kernels INTEGER NOT NULL, "
+        "PRIMARY KEY (server, level, at)) STRICT, WITHOUT ROWID; "
+        # Both are removed, or neither: the next server of this name has no part in it.
+        "CREATE TRIGGER IF NOT EXISTS usage_of_removed AFTER DELETE ON servers "
+        "BEGIN DELETE FROM usage WHERE server = old.name; END"
+    ),
 )
 """The migration from each version to the next. The first table may exist without a version, after a
 kill in between."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -13,13 +13,34 @@ from pydantic import TypeAdapter, ValidationError
 from labkeeper.core.access import WHOLE, Session, SessionUse, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.ports import UsagePoints
 from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.core.spec import LOCAL, QualifiedName
+from labkeeper.core.usage import Point
 from labkeeper.store.database import Database
 from labkeeper.store.migrations import ACTOR
 
 _FORGET_EVERY: Final = 100
 """New history entries between removals of old ones; a hundredth of the size of a large history."""
+_ADD_USAGE: Final = """
+INSERT INTO usage
+SELECT ?1, ?2, ?3, ?4, ?5, round(?6), round(?7), ?8, ?9, ?10
+WHERE EXISTS (SELECT 1 FROM servers WHERE name = ?1)
+ON CONFLICT (server, level, at) DO UPDATE SET
+  generation = max(generation, excluded.generation),
+  samples = samples + excluded.samples,
+  memory = round(memory + (excluded.memory - memory) * 1.0
+                 * excluded.samples / (samples + excluded.samples)),
+  memory_max = max(memory_max, excluded.memory_max),
+  cpus = cpus + (excluded.cpus - cpus) * excluded.samples / (samples + excluded.samples),
+  cpus_max = max(cpus_max, excluded.cpus_max),
+  kernels = max(kernels, excluded.kernels)
+"""
+"""As `Point.merged` does it."""
+_TRIM_USAGE: Final = """
+DELETE FROM usage WHERE server = ?1 AND level = ?2 AND at <= (
+  SELECT at FROM usage WHERE server = ?1 AND level = ?2 ORDER BY at DESC LIMIT 1 OFFSET ?3)
+"""
 _form: Final[Callable[[Any], TypeAdapter[Any]]] = functools.cache(TypeAdapter)
 """Returns the (de)serializer of a type, created on first use since that is slow."""
 _T = TypeVar("_T")
@@ -191,6 +212,36 @@ class SqliteStore(Database):
             self._db.execute(
                 "INSERT OR REPLACE INTO session_use (id, use) VALUES (1, ?)", (_text(use),)
             )
+
+    # Usage
+
+    def add_usage(self, points: UsagePoints) -> None:
+        """Add points in one transaction, merged with those of the same intervals."""
+        rows = [
+            (server, level, *point) for (server, level), found in points.items() for point in found
+        ]
+        with self._doing("write"), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(_ADD_USAGE, rows)
+
+    def trim_usage(self, sizes: Mapping[int, int]) -> None:
+        """Keep the newest points of each server, as many as each level allows."""
+        servers = self._rows("SELECT name FROM servers")
+        rows = [(name, level, size) for (name,) in servers for level, size in sizes.items()]
+        with self._doing("write"), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(_TRIM_USAGE, rows)
+
+    def usage(self, server: QualifiedName, level: int, *, since: int) -> list[Point]:
+        """Return the points of a level that start at `since` or later, oldest first."""
+        rows = self._rows(
+            "SELECT at, generation, samples, memory, memory_max, cpus, cpus_max, kernels "
+            "FROM usage WHERE server = ? AND level = ? AND at >= ? ORDER BY at",
+            server,
+            level,
+            since,
+        )
+        return [Point(*row) for row in rows]
 
     # Webhooks
 

@@ -17,14 +17,16 @@ A test controls the *world*: `World` is the machine, `FakeBackend` a keeper's ac
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from labkeeper.core.access import WHOLE, Session, SessionUse, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change, HistoryEntry, Report
+from labkeeper.core.ports import UsagePoints
 from labkeeper.core.server import OrphanedKernel, OwnKernel, Snapshot
 from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
+from labkeeper.core.usage import Point
 
 
 def a_spec(
@@ -68,6 +70,8 @@ class MemoryStore:
         self.kept_sessions: dict[str, Session] = {}
         """By id."""
         self.kept_session_use: SessionUse | None = None
+        self.kept_usage: dict[tuple[QualifiedName, int], dict[int, Point]] = {}
+        """By server and level, then by start of the interval."""
         self.failing = False
         """While true, every call raises StoreError."""
 
@@ -85,6 +89,7 @@ class MemoryStore:
         """Remove one server."""
         self._check("write")
         self.snapshots.pop(name, None)
+        self.kept_usage = {key: kept for key, kept in self.kept_usage.items() if key[0] != name}
 
     def orphans(self) -> list[OrphanedKernel]:
         """Return all kernels that are still to be ended."""
@@ -174,6 +179,29 @@ class MemoryStore:
         """Save when sessions were last used."""
         self._check("write")
         self.kept_session_use = use
+
+    def add_usage(self, points: UsagePoints) -> None:
+        """Add points, merged with those of the same intervals."""
+        self._check("write")
+        for (server, level), found in points.items():
+            if server in self.snapshots:
+                kept = self.kept_usage.setdefault((server, level), {})
+                for point in found:
+                    known = kept.get(point.at)
+                    kept[point.at] = point if known is None else known.merged(point)
+
+    def trim_usage(self, sizes: Mapping[int, int]) -> None:
+        """Keep the newest points of each server."""
+        self._check("write")
+        for (_, level), kept in self.kept_usage.items():
+            for at in sorted(kept)[: -sizes[level]]:
+                del kept[at]
+
+    def usage(self, server: QualifiedName, level: int, *, since: int) -> list[Point]:
+        """Return the points of a level that start at `since` or later, oldest first."""
+        self._check("read")
+        kept = self.kept_usage.get((server, level), {})
+        return [kept[at] for at in sorted(kept) if at >= since]
 
     def _check(self, what: str) -> None:
         if self.failing:

@@ -11,6 +11,7 @@ from labkeeper.api.services import Services
 from labkeeper.core.culling import CullState, Explanation, wakes
 from labkeeper.core.lifecycle import AT_REST, State
 from labkeeper.core.server import Snapshot
+from labkeeper.core.usage import RecentUsage
 from labkeeper.web.rendering import render
 
 
@@ -33,6 +34,8 @@ class Row:
     kernels: int | None
     memories: tuple[float | None, ...]
     """The last ones, for a chart."""
+    busy: tuple[float | None, ...]
+    """Likewise, of `cpus`."""
     fate: str
     """What holds it, or why it is about to be stopped; may be empty."""
     stops_at: int | None
@@ -42,8 +45,8 @@ class Row:
     """Whether a start command makes sense; else a stop command does."""
 
 
-def row_of(services: Services, snapshot: Snapshot, memories: tuple[float | None, ...]) -> Row:
-    """Return the row of a server."""
+def row_of(services: Services, snapshot: Snapshot, recent: RecentUsage | None = None) -> Row:
+    """Return the row of a server, with charts of its recent usage."""
     sample, told = services.usage(snapshot), services.culler.cached(snapshot)
     spec, verdict = snapshot.spec, told.verdict
     return Row(
@@ -58,7 +61,8 @@ def row_of(services: Services, snapshot: Snapshot, memories: tuple[float | None,
         spec.limits.memory,
         None if sample is None else sample.cpus,
         None if sample is None or sample.load is None else sample.load.kernels,
-        memories,
+        () if recent is None else tuple(recent.memory),
+        () if recent is None else tuple(recent.cpus),
         fate_of(told),
         None if verdict.next is None else _seconds(told, verdict.next.stops_at),
         snapshot.endpoint is not None or wakes(snapshot),

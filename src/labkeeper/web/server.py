@@ -104,7 +104,7 @@ def _done(services: Services, name: str, text: str) -> Response:
 
 def _content(services: Services, snapshot: Snapshot) -> Content:
     told = services.culler.cached(snapshot)
-    row = row_of(services, snapshot, ())
+    row = row_of(services, snapshot)
     kernels, why = _kernels(services, snapshot)
     view = View(snapshot.name, caller().owner, caller().limits)
     events = services.event_log.latest(view, limit=_EVENTS)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from flask import Response, request
 
 from labkeeper.api.handlers.common import caller, visible_servers
 from labkeeper.api.services import Services
 from labkeeper.core.access import Scope
 from labkeeper.core.lifecycle import State
-from labkeeper.core.server import Snapshot
 from labkeeper.web import listing
 from labkeeper.web.live import page
 from labkeeper.web.pages import Content
 from labkeeper.web.rendering import render
 from labkeeper.web.rows import rendered, row_of
+
+_POINTS: Final = 36
+"""Points of a small chart: three minutes."""
 
 
 def list_servers(services: Services) -> Response:
@@ -22,17 +26,15 @@ def list_servers(services: Services) -> Response:
     return page(services, lambda: _content(services, query))
 
 
-def _memories(services: Services, snapshot: Snapshot) -> tuple[float | None, ...]:
-    return ()
-
-
 def _content(services: Services, query: listing.Query) -> Content:
     servers = visible_servers(services)
     found = listing.find(services, servers, query)
     may_manage = caller().scope.covers(Scope.MANAGE)
+    recent = services.recent_usage([s.qualified_name for s in found.page], _POINTS)
     rows = {
         f"server-{snapshot.name}": rendered(
-            row_of(services, snapshot, _memories(services, snapshot)), may_manage=may_manage
+            row_of(services, snapshot, recent.get(snapshot.qualified_name)),
+            may_manage=may_manage,
         )
         for snapshot in found.page
     }

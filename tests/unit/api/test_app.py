@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ from labkeeper.api.views import server_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY
+from labkeeper.core.durations import format_time
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.policy import Policy
@@ -37,9 +39,12 @@ from labkeeper.core.server import (
     FailureClass,
     GatewayHealth,
     Kernel,
+    Load,
     OrphanedKernel,
     OwnKernel,
+    Sample,
     Snapshot,
+    Usage,
 )
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.schema.requests.gateway import ws_url_of
@@ -68,6 +73,52 @@ def client(services):
     client = create_app(services).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     return client
+
+
+def test_usage_over_time_is_returned_in_columns(running, client):
+    """For the last hour by default, or since a time; also of a server that has been stopped."""
+    client.post("/api/servers")
+    name, now = ServerName("default"), time.time()
+    for at, memory in ((now - 7000, 100), (now - 65, 200), (now, 300)):
+        usage = Usage(memory, 1.0, 1, 1)
+        running.usage_log.record({name: Sample(1, at, usage, 0.5, Load(2, 1))})
+    client.post("/api/servers/default/stop")
+    hour = client.get("/api/servers/default/usage").json
+    assert (hour["resolution"], hour["memory"][0], hour["memory"][-1]) == (5, 200, 300)
+    assert hour["memory"].count(None) == len(hour["memory"]) - 2 == 12
+    assert hour["cpus"][0] == hour["cpus_max"][0] == 0.5
+    assert (hour["kernels"][0], hour["generation"][0]) == (2, 1)
+    assert hour["since"] < hour["start"] < hour["until"]
+    assert client.get("/api/servers/default/usage?since=1m").json["memory"] == [300]
+    since = format_time(now - 7200)
+    for query in ("2h", "7200", since, since.replace("Z", "%2B00:00")):
+        day = client.get(f"/api/servers/default/usage?since={query}").json
+        assert (day["resolution"], day["memory_max"][0]) == (60, 100), query
+    assert client.get("/api/servers/default/usage?since=8d").json["resolution"] == 3600
+
+
+@pytest.mark.parametrize("since", ["0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59Z", "366d"])
+def test_usage_since_any_time_is_within_what_is_kept(client, since):
+    client.post("/api/servers")
+    found = client.get(f"/api/servers/default/usage?since={since}").json
+    assert found["memory"] == []
+    assert format_time(time.time() - 31 * 86400) < found["since"] <= found["until"]
+
+
+@pytest.mark.parametrize("since", ["", "soon", "-1h", "367d", "2026-12-01", "2026-12-01T08:00:00"])
+def test_usage_since_no_time_is_rejected_with_examples(client, since):
+    client.post("/api/servers")
+    answer = client.get(f"/api/servers/default/usage?since={since}")
+    assert answer.status_code == 422
+    assert "'2h'" in answer.json["errors"][0]["rule"]
+    assert answer.json["errors"][0]["field"] == "since"
+
+
+def test_usage_over_time_of_an_unknown_server_or_from_a_store_that_fails(running, client):
+    assert client.get("/api/servers/none/usage").status_code == 404
+    client.post("/api/servers")
+    running.store.failing = True
+    assert client.get("/api/servers/default/usage?since=1d").status_code == 503
 
 
 def test_an_unexpected_error_is_a_problem_whose_id_is_in_the_log_with_the_traceback(services):

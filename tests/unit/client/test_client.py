@@ -283,6 +283,7 @@ def test_every_route_has_a_method(running):
             client.stop,
             client.start,
             client.idle,
+            client.usage,
             client.events,
             client.rotate_token,
             client.link,
