@@ -27,9 +27,13 @@ class Dashboard:
         services = self.running.services
         self.app = create_app(services, dashboard(services))
 
+    def stranger(self):
+        """Return a browser that is not signed in."""
+        return Browser(self.app)
+
     def browser(self, scope=Scope.ADMIN, **caller):
         """Return a browser that is signed in with a scope."""
-        made = Browser(self.app)
+        made = self.stranger()
         made.sign_in(self.running.services.sessions, Caller("token:ada", scope, **caller))
         return made
 
@@ -61,6 +65,20 @@ class Browser:
         if (found := _CSRF.search(answer.text)) is not None:
             self.csrf = found[1]
         return answer
+
+    @contextmanager
+    def follow(self, path):
+        """Open the stream of a page's changes; yield what reads it as far as some text."""
+        with self._client.get(path, base_url=HOME, buffered=False) as answer:
+            pieces = answer.iter_encoded()
+
+            def read_until(text):
+                read = ""
+                while text not in read:
+                    read += next(pieces).decode()
+                return read
+
+            yield read_until
 
     def post(self, path, *, origin=HOME, headers=None, **fields):
         """Send a form with the CSRF token of the last page that had one, unless it is given."""
