@@ -1,4 +1,4 @@
-"""Access commands: `token` with `create`, `ls` and `revoke`; `session` with `ls` and `revoke`; `whoami`."""
+"""Access commands: `token`, `session`, and what they have below them; `whoami`."""
 
 from __future__ import annotations
 

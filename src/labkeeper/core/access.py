@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from labkeeper.core.errors import NotAllowed, ServerNotFound
-from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.messages import HistoryEntry, HistoryKind
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import (
     LOCAL,
@@ -84,13 +84,30 @@ class View:
     """Only those of this owner."""
     limits: TokenLimits = EVERYTHING
     """Only those about servers within these; entries without a server if there are none."""
+    kind: HistoryKind | None = None
+    """Only those of this kind."""
+    actor: str = ""
+    """Only those of actors whose name contains this."""
+    before: int | None = None
+    """Only those older than the entry with this id."""
 
     def shows(self, entry: HistoryEntry) -> bool:
         """Whether an entry is among them."""
-        if self.server not in {None, entry.server} or self.owner not in {None, entry.owner}:
-            return False
-        return self.limits.unlimited or (
-            entry.server is not None and self.limits.holds(entry.server, entry.labels, entry.user)
+        return self._asks_for(entry) and (
+            self.limits.unlimited
+            or (
+                entry.server is not None
+                and self.limits.holds(entry.server, entry.labels, entry.user)
+            )
+        )
+
+    def _asks_for(self, entry: HistoryEntry) -> bool:
+        return (
+            self.server in {None, entry.server}
+            and self.owner in {None, entry.owner}
+            and self.kind in {None, entry.kind}
+            and self.actor in entry.origin.actor
+            and (self.before is None or entry.id < self.before)
         )
 
 

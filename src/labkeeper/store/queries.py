@@ -138,16 +138,10 @@ class SqliteStore(Database):
         return self._select("id DESC", view, 0, limit)[::-1]
 
     def _select(self, order: str, view: View, after: int, limit: int) -> list[HistoryEntry]:
-        where = ["id > ?"]
-        given: list[object] = [after]
+        where, given = _asked(view)
+        where.append("id > ?")
+        given.append(after)
         within = view.limits
-        if view.server is not None:
-            where.append("server = ?")
-            given.append(view.server)
-        if view.owner is not None:
-            # An entry from before there were owners has none.
-            where.append("coalesce(json_extract(entry, '$.owner'), ?) = ?")
-            given.extend((LOCAL, view.owner))
         if not within.unlimited:
             where.append("server IS NOT NULL")
         if within.servers:
@@ -294,6 +288,23 @@ class SqliteStore(Database):
             return [_form(kind).validate_json(text) for (text,) in rows]
         except ValidationError as error:
             raise self._damaged(str(error)) from error
+
+
+def _asked(view: View) -> tuple[list[str], list[object]]:
+    """Return the conditions of what a view asks for, and their values."""
+    conditions: dict[str, tuple[object, ...]] = {}
+    if view.server is not None:
+        conditions["server = ?"] = (view.server,)
+    if view.owner is not None:
+        # An entry from before there were owners has none.
+        conditions["coalesce(json_extract(entry, '$.owner'), ?) = ?"] = (LOCAL, view.owner)
+    if view.kind is not None:
+        conditions["json_extract(entry, '$.kind') = ?"] = (view.kind,)
+    if view.actor:
+        conditions["instr(json_extract(entry, '$.origin.actor'), ?)"] = (view.actor,)
+    if view.before is not None:
+        conditions["id < ?"] = (view.before,)
+    return [*conditions], [value for values in conditions.values() for value in values]
 
 
 def _fair_share(counts: Iterable[int], keep: int) -> int:

@@ -28,7 +28,11 @@ from labkeeper.api.handlers.common import home_url
 from labkeeper.api.services import Services
 from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
 from labkeeper.schema.queries import BODILESS
+<<<<<<< HEAD
 from labkeeper.web import assets, commands, opening, server, servers, start
+=======
+from labkeeper.web import activity, assets, commands, opening, servers
+>>>>>>> refs/helpers/pages
 from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
 from labkeeper.web.rendering import render
 
@@ -57,6 +61,7 @@ ROUTES: Final = (
     Route("GET", f"{_NAMED}/<command>", MANAGE_SERVER, commands.confirm),
     Route("POST", f"{_NAMED}/<command>", MANAGE_SERVER, commands.give),
     Route("POST", "/dashboard/many/<command>", MANAGE_SERVERS, commands.give_many),
+    Route("GET", "/dashboard/activity", SEE_SERVERS, activity.list_events),
 )
 
 

@@ -254,6 +254,36 @@ def test_token_limits_restrict_the_entries_that_are_returned(
         store.close()
 
 
+ASKED = {
+    "a kind": (View(kind=HistoryKind.GATEWAY), [2, 4]),
+    "a part of an actor": (View(actor="en:a_"), [3, 4]),
+    "what is older": (View(before=3), [1, 2]),
+    "all of it": (View("lab", kind=HistoryKind.GATEWAY, actor="token", before=4), [2]),
+}
+
+
+@pytest.mark.parametrize(("view", "expected"), ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_view_restricts_the_entries_in_memory_as_in_the_store(
+    tmp_path, clock, kind, view, expected
+):
+    store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
+    kinds = [KIND, HistoryKind.GATEWAY] * 2
+    actors = ["token:ab", "token:ab", "token:a_", "token:a_"]
+    known = [
+        HistoryEntry(number, 1.0, of, "lab", "m", Origin(actor))
+        for number, (of, actor) in enumerate(zip(kinds, actors, strict=True), start=1)
+    ]
+    store.remember(known, keep=100)
+    event_log = EventLog(store, clock, size=100)
+    assert ids(event_log.latest(view, limit=10)) == expected
+    assert ids(event_log.latest(view, limit=1)) == expected[-1:]
+    event_log._recent.extend(known)
+    assert ids(event_log.after(0, view, limit=10)) == expected
+    if kind == "sqlite":
+        store.close()
+
+
 def test_an_entry_has_the_labels_of_its_server_at_that_time(event_log, store):
     """An entry about a server that is gone has none."""
     spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"}, user="ada")
