@@ -28,11 +28,7 @@ from labkeeper.api.handlers.common import home_url
 from labkeeper.api.services import Services
 from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
 from labkeeper.schema.queries import BODILESS
-<<<<<<< HEAD
-from labkeeper.web import assets, commands, opening, server, servers, start
-=======
-from labkeeper.web import activity, assets, commands, opening, servers
->>>>>>> refs/helpers/pages
+from labkeeper.web import activity, assets, commands, opening, server, servers, start
 from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
 from labkeeper.web.rendering import render
 
@@ -54,6 +50,7 @@ ROUTES: Final = (
     Route("POST", "/dashboard/start", MANAGE_SERVERS, start.start_server),
     Route("POST", "/dashboard/start/gateway", MANAGE_SERVERS, start.check_gateway),
     Route("GET", _NAMED, SEE_SERVER, server.show_server),
+    Route("GET", f"{_NAMED}/usage", SEE_SERVER, server.usage_over_time),
     Route("GET", f"{_NAMED}/open", MANAGE_SERVER, opening.open_lab),
     Route("POST", f"{_NAMED}/snooze", MANAGE_SERVER, server.snooze),
     Route("POST", f"{_NAMED}/link", MANAGE_SERVER, server.make_link),

@@ -38,6 +38,8 @@ class Content:
     """What else the template needs."""
     top: str | None = None
     """The template of what stands above and does not change, such as a search."""
+    charts: bool = False
+    """Whether it has charts, whose library other pages do not load."""
 
     @property
     def text(self) -> Markup:

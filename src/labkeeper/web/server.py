@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from flask import Response, request
 from pydantic import ValidationError
 
-from labkeeper.api.handlers import culling, links
+from labkeeper.api.handlers import culling, links, usage
 from labkeeper.api.handlers.common import caller, find_server
 from labkeeper.api.problems import invalid_request
 from labkeeper.api.services import Services
@@ -18,7 +19,7 @@ from labkeeper.core.errors import BackendError, Conflict
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import HistoryEntry, HistoryKind
 from labkeeper.core.server import Kernel, Snapshot
-from labkeeper.schema.queries import ServerPath
+from labkeeper.schema.queries import ServerPath, UsageQuery, of_query
 from labkeeper.schema.requests.access import LinkRequest
 from labkeeper.schema.requests.culling import SnoozeRequest
 from labkeeper.web import log
@@ -37,6 +38,8 @@ from labkeeper.web.rows import row_of
 
 _EVENTS: Final = 200
 """Events of a server that are looked at."""
+_ROW: Final = 300.0
+"""Seconds of usage in one row of its table."""
 _SHOWN: Final = 20
 """Events of a server that are shown."""
 
@@ -50,6 +53,16 @@ def show_server(services: Services, name: str) -> Response:
         lambda: _content(services, find_server(services, path)),
         lambda: log.follow(services, qualified),
     )
+
+
+def usage_over_time(services: Services, name: str) -> Response:
+    """Return the usage of a server as the API does, for a chart."""
+    try:
+        query = UsageQuery.model_validate(of_query(UsageQuery, request.args))
+    except ValidationError as wrong:
+        raise invalid_request(wrong) from wrong
+    answer, status, _ = usage.get_usage(services, ServerPath(name=name), query)
+    return Response(json.dumps(answer), status, content_type="application/json")
 
 
 def snooze(services: Services, name: str) -> Response:
@@ -118,16 +131,18 @@ def _content(services: Services, snapshot: Snapshot) -> Content:
         "why_unknown": why,
         "events": events[::-1][:_SHOWN],
         "steps": steps_of(events),
+        "past": _past(services, snapshot),
     }
     return Content(
         snapshot.name,
         "server.html",
         {part: render(f"server-{part}.html", given) for part in _PARTS},
         {"name": snapshot.name},
+        charts=True,
     )
 
 
-_PARTS: Final = ("status", "steps", "kernels", "usage", "idle", "facts", "events")
+_PARTS: Final = ("status", "steps", "kernels", "usage", "past", "idle", "facts", "events")
 """The elements that change, each with a template of its own."""
 
 
@@ -139,6 +154,32 @@ def _kernels(services: Services, snapshot: Snapshot) -> tuple[list[Kernel], str]
         return services.probe.kernels(snapshot.endpoint), ""
     except BackendError as error:
         return [], error.message
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a server has used in some minutes."""
+
+    begin: float
+    """Seconds since the epoch."""
+    memory: float
+    """The most, in bytes."""
+    cpus: float
+    """The mean number of busy processors."""
+
+
+def _past(services: Services, snapshot: Snapshot) -> list[Past]:
+    """Return the usage of the last hour as a table shows it, the newest first."""
+    found = services.usage_history(snapshot.qualified_name, None)
+    size = max(1, round(_ROW / found.resolution))
+    rows = []
+    for at in range(0, len(found.memory), size):
+        memory = [value for value in found.memory_max[at : at + size] if value is not None]
+        cpus = [value for value in found.cpus[at : at + size] if value is not None]
+        if memory and cpus:
+            begin = found.start + at * found.resolution
+            rows.append(Past(begin, max(memory), sum(cpus) / len(cpus)))
+    return rows[::-1]
 
 
 @dataclass(frozen=True, slots=True)

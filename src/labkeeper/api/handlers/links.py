@@ -103,22 +103,27 @@ def open_link(services: Services, path: TicketPath) -> Response:
                 f"{target.maker.caller.actor}. Use it only if you have asked for it.",
                 label="Sign in",
             )
-        case LabLink() if sign_in.is_at(services, None):
-            # The cookie would be for the host of the dashboard, where no page of a Lab may be.
-            return Response(
-                status=HTTPStatus.SEE_OTHER,
-                headers={"Location": f"{lab_origin(services, target.server)}{request.path}"},
-            )
-        case LabLink() if (endpoint := _endpoint(services, target)) is not None:
-            if not target.confirm:
-                return follow_link(services, path)
-            return button(
-                "Open JupyterLab",
-                f"This link opens the server '{target.server}' once, in this browser.",
-                label="Open",
-                leads_to=lab_root(services, target.server, endpoint),
-            )
+        case LabLink():
+            return _open_lab(services, path, target)
     return _spent()
+
+
+def _open_lab(services: Services, path: TicketPath, link: LabLink) -> Response:
+    endpoint = _endpoint(services, link)
+    if endpoint is None:
+        return _spent()
+    if sign_in.is_at(services, None):
+        # The cookie would be for the host of the dashboard, where no page of a Lab may be.
+        url = f"{lab_origin(services, link.server)}{request.path}"
+        return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": url})
+    if not link.confirm:
+        return follow_link(services, path)
+    return button(
+        "Open JupyterLab",
+        f"This link opens the server '{link.server}' once, in this browser.",
+        label="Open",
+        leads_to=lab_root(services, link.server, endpoint),
+    )
 
 
 def follow_link(services: Services, path: TicketPath) -> Response:
