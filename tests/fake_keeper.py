@@ -36,11 +36,22 @@ class FixedProbe:
 
     kernels_there: Sequence[Kernel] = ()
     error: Exception | None = None
+    given: list[tuple[str, str]] = field(default_factory=list)
+    """The commands to kernels so far."""
 
     def kernels(self, _endpoint):
         if self.error:
             raise self.error
         return list(self.kernels_there)
+
+    def interrupt_kernel(self, _endpoint, kernel_id):
+        self.given.append(("interrupt", kernel_id))
+
+    def restart_kernel(self, _endpoint, kernel_id):
+        self.given.append(("restart", kernel_id))
+
+    def end_kernel(self, _endpoint, kernel_id):
+        self.given.append(("end", kernel_id))
 
 
 class NoCulling:

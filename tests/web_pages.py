@@ -80,6 +80,10 @@ class Browser:
 
             yield read_until
 
+    def get_stream(self, path):
+        """Follow a page; the answer must be closed."""
+        return self._client.get(path, base_url=HOME, buffered=False)
+
     def post(self, path, *, origin=HOME, headers=None, **fields):
         """Send a form with the CSRF token of the last page that had one, unless it is given."""
         return self._client.post(
