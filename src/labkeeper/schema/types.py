@@ -65,6 +65,9 @@ _USER: Final = Shape(
     r"[a-z_][a-z0-9_.-]*",
     "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'",
 )
+_PATTERN: Final = Shape(
+    r"[a-z0-9*?-]{1,63}", "must be made of a-z, 0-9, '-', and '*' and '?' as wildcards"
+)
 _URL: Final = Shape(
     r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters"
 )
@@ -141,7 +144,7 @@ Labels = Annotated[
     Field(max_length=64, json_schema_extra=_of_names(_LABEL, 63)),
     AfterValidator(_check_labels),
 ]
-Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
+Pattern = Annotated[str, Field(max_length=63), _PATTERN]
 BaseUrl = Annotated[
     str, Field(min_length=1, max_length=512), _PATH_PREFIX, AfterValidator(_closed_by_slash)
 ]

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Final
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 from werkzeug.exceptions import HTTPException
 
 from labkeeper.api import problems
 from labkeeper.api.app import Pages
 from labkeeper.api.auth import (
+    ADMINISTER,
     MANAGE_SERVER,
     MANAGE_SERVERS,
     PUBLIC,
@@ -28,7 +29,7 @@ from labkeeper.api.handlers.common import home_url
 from labkeeper.api.services import Services
 from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
 from labkeeper.schema.queries import BODILESS
-from labkeeper.web import activity, assets, commands, opening, server, servers, start
+from labkeeper.web import access, activity, assets, commands, opening, server, servers, start
 from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
 from labkeeper.web.rendering import render
 
@@ -44,6 +45,7 @@ class Route:
 
 
 _NAMED: Final = "/dashboard/servers/<name>"
+_ACCESS: Final = "/dashboard/access"
 ROUTES: Final = (
     Route("GET", "/dashboard/", SEE_SERVERS, servers.list_servers),
     Route("GET", "/dashboard/start", MANAGE_SERVERS, start.show_form),
@@ -59,6 +61,12 @@ ROUTES: Final = (
     Route("POST", f"{_NAMED}/<command>", MANAGE_SERVER, commands.give),
     Route("POST", "/dashboard/many/<command>", MANAGE_SERVERS, commands.give_many),
     Route("GET", "/dashboard/activity", SEE_SERVERS, activity.list_events),
+    Route("GET", _ACCESS, ADMINISTER, access.show),
+    Route("POST", f"{_ACCESS}/tokens", ADMINISTER, access.create_token),
+    Route("GET", f"{_ACCESS}/tokens/<name>/revoke", ADMINISTER, access.confirm_token),
+    Route("POST", f"{_ACCESS}/tokens/<name>/revoke", ADMINISTER, access.revoke_token),
+    Route("GET", f"{_ACCESS}/sessions/<id_>/revoke", ADMINISTER, access.confirm_session),
+    Route("POST", f"{_ACCESS}/sessions/<id_>/revoke", ADMINISTER, access.revoke_session),
 )
 
 
@@ -101,15 +109,22 @@ def _failed(services: Services, error: LabkeeperError) -> Response:
     """Return the page, or piece, about an error."""
     if isinstance(error, NotAuthenticated):
         return _signed_out(services)
-    answer = notices(services, "", [error.message])
     # Scripts show pieces of successful answers only.
-    answer.status_code = HTTPStatus.OK if wants_piece() else problems.status_of(error)
-    return answer
+    status = HTTPStatus.OK if wants_piece() and "caller" in g else problems.status_of(error)
+    return _not_done(services, error.message, status)
 
 
 def _missing(services: Services, error: HTTPException) -> Response:
-    answer = notices(services, "", [f"cannot find {request.path[:200]}"])
-    answer.status_code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    return _not_done(services, f"cannot find {request.path[:200]}", status)
+
+
+def _not_done(services: Services, message: str, status: int) -> Response:
+    if "caller" not in g:
+        # Refused before it was known whose request it is, as if from another site, or public.
+        return Response(f"{message}\n", status, content_type="text/plain; charset=utf-8")
+    answer = notices(services, "", [message])
+    answer.status_code = status
     return answer
 
 
