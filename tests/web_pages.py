@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fake_keeper import FakeKeeper, fake_keeper
+from harness import PATIENCE
 from labkeeper.api.app import create_app
 from labkeeper.core.access import Caller, Scope, Session
 from labkeeper.lab_addresses import LabAddresses
@@ -66,23 +69,13 @@ class Browser:
             self.csrf = found[1]
         return answer
 
-    @contextmanager
-    def follow(self, path):
-        """Open the stream of a page's changes; yield what reads it as far as some text."""
-        with self._client.get(path, base_url=HOME, buffered=False) as answer:
-            pieces = answer.iter_encoded()
-
-            def read_until(text):
-                read = ""
-                while text not in read:
-                    read += next(pieces).decode()
-                return read
-
-            yield read_until
-
-    def get_stream(self, path):
-        """Follow a page; the answer must be closed."""
+    def get_unread(self, path):
+        """Begin to load a page; the answer must be closed."""
         return self._client.get(path, base_url=HOME, buffered=False)
+
+    def follow(self, path):
+        """Follow a page's changes."""
+        return Stream(self, path)
 
     def post(self, path, *, origin=HOME, headers=None, **fields):
         """Send a form with the CSRF token of the last page that had one, unless it is given."""
@@ -92,6 +85,51 @@ class Browser:
             headers={"Origin": origin, **(headers or {})},
             data={"csrf": self.csrf, **fields},
         )
+
+
+class Stream:
+    """The events of a page that is followed: pairs of their names and data.
+
+    Read by a thread: its request is the current one of that thread until it ends.
+    """
+
+    def __init__(self, browser, path):
+        self._browser = browser
+        self._path = path
+        self._events = queue.SimpleQueue()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ends.set()
+        self._thread.join()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        event = self._events.get(timeout=PATIENCE)
+        if event is None:
+            raise StopIteration
+        return event
+
+    def _read(self):
+        text, answer = "", self._browser.get_unread(self._path)
+        for piece in answer.response:
+            if self._ends.is_set():
+                break
+            *whole, text = (text + piece.decode()).split("\n\n")
+            for event in whole:
+                name = re.search(r"^event: (.*)$", event, re.MULTILINE)
+                data = "\n".join(re.findall(r"^data: (.*)$", event, re.MULTILINE))
+                if data:
+                    self._events.put(((name[1] if name else ""), data))
+        answer.close()
+        self._events.put(None)
 
 
 def _named(headers):

@@ -127,6 +127,8 @@ def _given(services: Services, command: Command, names: Sequence[str]) -> Respon
     errors: list[LabkeeperError] = []
     for name in names:
         try:
+            # The rule of a route for many says nothing about each of them.
+            find_server(services, _path(name))
             command.give(services, _path(name))
         except (RequestError, BackendError) as error:
             errors.append(error)

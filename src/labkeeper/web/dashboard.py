@@ -101,7 +101,8 @@ def _check_form() -> None:
     if request.method in BODILESS:
         return
     needs_own_page("do that")
-    if not hmac.compare_digest(csrf_token(), request.form.get("csrf", "")):
+    sent = request.form.get("csrf", "")
+    if not hmac.compare_digest(csrf_token().encode(), sent.encode()):
         raise NotAllowed("cannot do that: the page is from an earlier session; load it again")
 
 

@@ -41,7 +41,7 @@ class Query:
             State(state) if state in set(State) else None,
             sort if sort in _SORTS else "name",
             sent.get("order") == "descending",
-            int(page) if page.isascii() and page.isdigit() and 0 < len(page) < 6 else 1,  # noqa: PLR2004
+            max(1, int(page)) if page.isascii() and page.isdigit() and len(page) < 6 else 1,  # noqa: PLR2004
         )
 
     def address(self, **changed: object) -> str:

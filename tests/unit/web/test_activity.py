@@ -127,10 +127,11 @@ def test_older_events_are_paged_by_id_and_do_not_follow(site, event_log):
 
 def test_the_stream_sends_events_as_they_happen(site, event_log):
     browser = site.browser()
-    with browser.follow(f"{PATH}?actor=token:new&follow") as read_until:
-        read_until("No event matches")
+    with browser.follow(f"{PATH}?actor=token:new&follow") as events:
+        assert next(data for _, data in events if "No event matches" in data)
         record(event_log, "at last", actor="token:new")
-        assert f'<tr id="event-{event_log.last_id}">' in read_until("at last")
+        shown = next(data for _, data in events if "at last" in data)
+        assert f'<tr id="event-{event_log.last_id}">' in shown
 
 
 def test_texts_of_others_are_escaped(site, event_log):

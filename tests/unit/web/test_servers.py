@@ -340,78 +340,51 @@ def test_a_gateway_is_checked(site):
     assert len(asked) == 2
 
 
-def events_of(answer):
-    """Yield the events of a stream: name and data."""
-    text = ""
-    for piece in answer.response:
-        text += piece.decode() if isinstance(piece, bytes) else piece
-        *whole, text = text.split("\n\n")
-        for event in whole:
-            name = re.search(r"^event: (.*)$", event, re.MULTILINE)
-            data = "\n".join(re.findall(r"^data: (.*)$", event, re.MULTILINE))
-            if data:
-                yield (name[1] if name else ""), data
-
-
-def following(site, path, scope=Scope.ADMIN):
-    answer = site.browser(scope).get_stream(path)
-    assert answer.content_type == "text/event-stream; charset=utf-8"
-    return answer, events_of(answer)
-
-
 def test_a_list_follows_its_servers(site):
     start(site)
-    answer, events = following(site, "/dashboard/?q=lab&follow")
-    assert next(events) == ("version", site.running.services.version)
-    _, whole = next(events)
-    assert ('hx-target="#live"' in whole, 'id="server-lab"' in whole) == (True, True)
     browser = site.browser()
     browser.get(SERVERS)
-    browser.post("/dashboard/servers/lab/stop")
-    changed = ""
-    while "stopped" not in changed:
-        changed = next(events)[1]
-    # Only the elements that have changed.
-    assert 'hx-target="#live"' not in changed
-    start(site, "lab-2")
-    assert 'hx-target="#live"' in next(events)[1]
-    answer.close()
+    with browser.follow("/dashboard/?q=lab&follow") as events:
+        assert next(events) == ("version", site.running.services.version)
+        _, whole = next(events)
+        assert ('hx-target="#live"' in whole, 'id="server-lab"' in whole) == (True, True)
+        browser.post("/dashboard/servers/lab/stop")
+        changed = next(data for _, data in events if 'state stopped">stopped' in data)
+        # Only the elements that have changed.
+        assert ('"#server-lab"' in changed, '"#counts"' in changed) == (True, True)
+        assert 'hx-target="#live"' not in changed
+        start(site, "lab-2")
+        assert 'hx-target="#live"' in next(data for _, data in events if "lab-2" in data)
 
 
 def test_the_page_of_a_server_follows_its_log_until_it_is_deleted(site):
     start(site)
-    site.running.world.logs["lab"] = ["\x1b[32mone", "<b>two"]
-    answer, events = following(site, "/dashboard/servers/lab?follow")
-    logs, seen = [], []
-    for name, data in events:
-        seen.append(name)
-        if name == "log":
-            logs.append(json.loads(data))
-            break
-    assert logs == [{"again": True, "lines": ["one", "<b>two"]}]
-    site.running.world.logs["lab"].append("three")
-    data = next(json.loads(data) for name, data in events if name == "log")
-    assert data == {"again": False, "lines": ["three"]}
+    site.running.world.logs["lab"] = ["\x1b[32mone\n", "<b>two\n"]
     browser = site.browser()
     browser.get(SERVERS)
-    browser.post("/dashboard/servers/lab/delete")
-    assert "lab" in next(data for name, data in events if name == "ended")
-    answer.close()
+    with browser.follow("/dashboard/servers/lab?follow") as events:
+        logs = (json.loads(data) for name, data in events if name == "log")
+        assert next(logs) == {"again": True, "lines": ["one", "<b>two"]}
+        site.running.world.logs["lab"].append("three\n")
+        assert next(logs) == {"again": False, "lines": ["three"]}
+        browser.post("/dashboard/servers/lab/delete")
+        assert "lab" in next(data for name, data in events if name == "ended")
+        assert list(events) == []
 
 
 def test_a_stream_ends_with_its_session(site):
     start(site)
     browser = site.browser()
-    events = events_of(browser.get_stream("/dashboard/?follow"))
-    next(events), next(events)
-    site.running.services.sessions.revoke(browser.session.id)
-    assert list(events) == []
+    with browser.follow("/dashboard/?follow") as events:
+        next(events), next(events)
+        site.running.services.sessions.revoke(browser.session.id)
+        assert list(events) == []
 
 
 def test_too_many_streams_are_refused(site):
     while site.running.services.concurrency.acquire():
         pass
-    assert site.browser().get_stream("/dashboard/?follow").status_code == 429
+    assert site.browser().get("/dashboard/?follow").status_code == 429
 
 
 def test_amounts_have_three_digits():
