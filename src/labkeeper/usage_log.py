@@ -54,7 +54,10 @@ class UsageLog:
 
     def start(self, threads: ThreadGroup) -> None:
         """Start the thread that saves."""
-        threads.watch("usage-log", self.save, every=lambda: _SAVE_EVERY)
+        # At the end of each minute, so that its point is written once.
+        threads.watch(
+            "usage-log", self.save, every=lambda: _SAVE_EVERY - self._clock.time() % _SAVE_EVERY
+        )
 
     def record(self, samples: Mapping[QualifiedName, Sample]) -> None:
         """Record samples. The first of a launch is left out: it has no processors in use yet."""
