@@ -124,6 +124,8 @@ class UsageLog:
             with self._lock:
                 self._drop_outdated()
                 taken, self._pending = self._pending, {}
+            if not taken:
+                return
             try:
                 self._store.add_usage({key: list(found.values()) for key, found in taken.items()})
             except StoreError:

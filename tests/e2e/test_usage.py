@@ -99,6 +99,9 @@ def test_usage_over_time_rises_with_a_kernel_and_survives_a_kill_of_the_keeper(k
     assert rises("1h")["resolution"] == 60, "only the earlier keeper has measured it"
     keeper.http.post("/api/servers/default/restart", json={})
     until(lambda: history(keeper, "1d")["generation"][-1] == 2, what="usage of the next launch")
+    assert keeper.stop() == 0
+    keeper.start()
+    assert history(keeper, "1d")["generation"][-1] == 2, "a keeper that ends saves all"
     keeper.http.post("/api/servers/default/stop")
     assert rises("1d")
     keeper.delete()
