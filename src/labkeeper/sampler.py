@@ -92,7 +92,7 @@ class Sampler:
         self._sample()
         if self._clock.monotonic() - self._asked >= _ASKED_FOR:
             self._loads = {}
-        elif self._rounds % _LOADS_EVERY == 0 and not self._asking.is_alive():
+        elif not self._asking.is_alive() and (not self._loads or self._rounds % _LOADS_EVERY == 0):
             self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
 

@@ -54,7 +54,10 @@ class UsageLog:
 
     def start(self, threads: ThreadGroup) -> None:
         """Start the thread that saves."""
-        threads.watch("usage-log", self.save, every=lambda: _SAVE_EVERY)
+        # At the end of each minute, so that its point is written once.
+        threads.watch(
+            "usage-log", self.save, every=lambda: _SAVE_EVERY - self._clock.time() % _SAVE_EVERY
+        )
 
     def record(self, samples: Mapping[QualifiedName, Sample]) -> None:
         """Record samples. The first of a launch is left out: it has no processors in use yet."""
@@ -121,6 +124,8 @@ class UsageLog:
             with self._lock:
                 self._drop_outdated()
                 taken, self._pending = self._pending, {}
+            if not taken:
+                return
             try:
                 self._store.add_usage({key: list(found.values()) for key, found in taken.items()})
             except StoreError:

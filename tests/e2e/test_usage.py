@@ -1,6 +1,9 @@
-"""Resource usage of a real server with a real kernel."""
+"""Resource usage of a real server with a real kernel, now and over time."""
 
 from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -54,3 +57,53 @@ def test_usage_of_a_kernel_is_reported_with_the_limits(keeper):
     assert "usage" in shown.stdout
     assert "% used" in shown.stdout
     assert keeper.http.post("/api/servers/default/stop").json()["usage"] is None
+
+
+def history(keeper, since):
+    found = keeper.http.get("/api/servers/default/usage", params={"since": since}).json()
+    return {**found, "memory_max": [value for value in found["memory_max"] if value is not None]}
+
+
+def test_usage_over_time_rises_with_a_kernel_and_survives_a_kill_of_the_keeper(keeper):
+    """The minutes that were saved; a new launch is visible, and a deletion removes all."""
+    server = keeper.post().json()
+    before = until(lambda: history(keeper, "1h")["memory_max"], what="usage over time")[0]
+    kernel = start_kernel(server)
+    run_cell(
+        server,
+        kernel,
+        "data = bytearray(200 << 20); import time; end = time.time() + 3\n"
+        "while time.time() < end: pass",
+    )
+
+    def rises(since):
+        found = history(keeper, since)
+        risen = any(value > before + 200 * MIB for value in found["memory_max"])
+        return found if risen and max(filter(None, found["cpus_max"]), default=0) > 0.5 else None
+
+    assert until(lambda: rises("1h"), what="the kernel's memory")["resolution"] == 5
+    assert until(lambda: rises("1d"), what="the same in minutes")["resolution"] == 60
+    store = keeper.state_dir / "labkeeper.sqlite"
+
+    def saved():
+        with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as db:
+            (most,) = db.execute("SELECT max(memory_max) FROM usage").fetchone()
+        return most is not None and most > before + 200 * MIB
+
+    until(saved, what="the end of the minute")
+    keeper.kill()
+    keeper.start()
+    keeper.wait_for("running")
+    assert rises("1d")["resolution"] == 60
+    assert rises("30d")["resolution"] == 3600
+    assert rises("1h")["resolution"] == 60, "only the earlier keeper has measured it"
+    keeper.http.post("/api/servers/default/restart", json={})
+    until(lambda: history(keeper, "1d")["generation"][-1] == 2, what="usage of the next launch")
+    assert keeper.stop() == 0
+    keeper.start()
+    assert history(keeper, "1d")["generation"][-1] == 2, "a keeper that ends saves all"
+    keeper.http.post("/api/servers/default/stop")
+    assert rises("1d")
+    keeper.delete()
+    keeper.post()
+    assert not rises("1d")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 
 import pytest
@@ -15,6 +16,7 @@ from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import OrphanedKernel, Snapshot
+from labkeeper.core.usage import Point
 from labkeeper.store.queries import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
@@ -23,6 +25,7 @@ TABLES = {
     "orphans": ("kernel_id", "kernel"),
     "history": ("server", "entry"),
 }
+NAME = a_spec("a").qualified_name
 CELLS = JSON.map(json.dumps) | st.text() | DEPTHS.map(nested).map(bytes.decode)
 
 
@@ -40,6 +43,8 @@ def read_all(path):
             assert isinstance(store.last_id() - store.forgotten(0), int)
         with contextlib.suppress(StoreError):
             store.webhook("https://hook")
+        with contextlib.suppress(StoreError):
+            assert all(isinstance(one, Point) for one in store.usage(NAME, 60, since=-(2**63)))
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def path(tmp_path):
 @contextlib.contextmanager
 def emptied_tables(path):
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for table in (*TABLES, "webhooks"):
+        for table in (*TABLES, "webhooks", "usage"):
             db.execute(f"DELETE FROM {table}")
         yield db
 
@@ -78,6 +83,24 @@ def test_row_may_contain_any_text(path, table, cell, as_bytes):
 def test_numbers_may_be_anything_or_missing(path, numbers):
     with emptied_tables(path) as db:
         db.execute("INSERT INTO webhooks VALUES ('https://hook', ?, ?, ?)", numbers)
+    read_all(path)
+
+
+@FUZZ
+@given(
+    numbers=st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 5),
+    processors=st.tuples(*[st.floats(allow_nan=False)] * 2),
+)
+@example(numbers=(2**63 - 1,) * 5, processors=(math.inf, -math.inf))
+def test_usage_may_be_any_numbers(path, numbers, processors):
+    """It is added to, and read, as if they were right."""
+    at, generation, samples, *memory = numbers
+    row = ("a", 60, at, generation, samples, *memory, *processors, 1)
+    with emptied_tables(path) as db:
+        db.execute("INSERT INTO servers VALUES ('a', '{}')")
+        db.execute(f"INSERT INTO usage VALUES ({', '.join('?' * len(row))})", row)
+    with contextlib.closing(SqliteStore(path)) as store, contextlib.suppress(StoreError):
+        store.add_usage({(NAME, 60): [Point(at, 1, 1, 1.0, 1.0, 1.0, 1.0, 1)]})
     read_all(path)
 
 

@@ -33,6 +33,7 @@ from labkeeper.core.server import (
     StopReport,
 )
 from labkeeper.core.spec import Gateway, ServerName, ServerSpec
+from labkeeper.core.usage import Point
 from labkeeper.store.queries import SqliteStore
 
 FULL = Snapshot(
@@ -204,6 +205,68 @@ def test_an_unreadable_orphaned_kernel_is_reported_as_damage(path, store):
         store.orphans()
 
 
+def a_point(at, memory=4096, cpus=0.5, *, generation=1, samples=12, kernels=1):
+    return Point(at, generation, samples, memory, 2 * memory, cpus, 2 * cpus, kernels)
+
+
+def test_usage_is_kept_across_keepers_by_level_and_merged_as_points_are(path):
+    """A mean is weighted with the number of samples."""
+    first = [a_point(60), a_point(120, 8192, 1.25, kernels=-1)]
+    later = [a_point(120, 12288, 0.5, generation=2, samples=4, kernels=3), a_point(180)]
+    hour = [a_point(0, 5)]
+    with contextlib.closing(SqliteStore(path)) as store:
+        store.save(BARE)
+        store.add_usage({(BARE.name, 60): first, (BARE.name, 3600): hour})
+    with contextlib.closing(SqliteStore(path)) as store:
+        store.add_usage({(BARE.name, 60): later})
+        merged = first[1].merged(later[0])
+        assert store.usage(BARE.name, 60, since=0) == [first[0], merged, later[1]]
+        assert store.usage(BARE.name, 60, since=120) == [merged, later[1]]
+        assert store.usage(BARE.name, 3600, since=0) == hour
+        assert merged == Point(120, 2, 16, 9216.0, 24576, 1.0625, 2.5, 3)
+
+
+def test_usage_ends_with_the_server(store):
+    for snapshot in (BARE, FULL):
+        store.save(snapshot)
+        store.add_usage({(snapshot.name, 60): [a_point(60)]})
+    store.forget(BARE.name)
+    store.add_usage({(BARE.name, 60): [a_point(120)], (FULL.name, 60): [a_point(120)]})
+    store.save(BARE)
+    assert store.usage(BARE.name, 60, since=0) == []
+    assert len(store.usage(FULL.name, 60, since=0)) == 2
+
+
+def test_only_the_newest_usage_remains_after_a_trim(store):
+    for snapshot in (BARE, FULL):
+        store.save(snapshot)
+        store.add_usage({(snapshot.name, 60): [a_point(60 * n) for n in range(5)]})
+    store.add_usage({(BARE.name, 3600): [a_point(0), a_point(3600)]})
+    store.trim_usage({60: 2, 3600: 2})
+    for snapshot in (BARE, FULL):
+        assert [point.at for point in store.usage(snapshot.name, 60, since=0)] == [180, 240]
+    assert len(store.usage(BARE.name, 3600, since=0)) == 2
+
+
+def test_usage_is_added_as_a_whole_or_not_at_all(store):
+    """On a disk that is full before the end."""
+    store.save(BARE)
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(StoreError, match="full"):
+        store.add_usage({(BARE.name, 60): [a_point(60 * n) for n in range(5000)]})
+    assert store.usage(BARE.name, 60, since=0) == []
+    store.add_usage({(BARE.name, 60): [a_point(60)]})
+    assert store.load() == [BARE]
+
+
+def test_usage_that_is_no_number_is_damage(store, monkeypatch):
+    store.save(BARE)
+    monkeypatch.setattr(store, "_rows", lambda *_: [(60, None, 1, 1, 1, 1.0, 1.0, 1)])
+    with pytest.raises(StoreError, match="damaged"):
+        store.usage(BARE.name, 60, since=0)
+
+
 @pytest.fixture
 def files_with(path):
     """Return the names of the store's files that contain a text."""
@@ -281,7 +344,7 @@ def test_the_next_keeper_wipes_what_a_killed_one_had_dropped(store, path, files_
         assert not files_with("a-secret")
 
 
-of_each_older_version = pytest.mark.parametrize("version", [6, 7, 9])
+of_each_older_version = pytest.mark.parametrize("version", [6, 7, 9, 10])
 
 
 def older_file(path, version):
@@ -346,7 +409,9 @@ def test_an_older_store_is_migrated(path, version):
         assert token.limits == TokenLimits(("team-*",), {"team": "physics"}, ("ada",))
         sessions = [(s.id, s.server, s.scope, s.parent) for s in store.sessions()]
         assert sessions == ([] if version < 9 else [("3f9a0c21d4e7", "running", "manage", None)])
-        assert store.session_use() is None
+        use = SessionUse(86400.5, 1764000001.0, {"3f9a0c21d4e7": 60.5})
+        assert store.session_use() == (use if version == 10 else None)
+        assert store.usage(running.qualified_name, 60, since=0) == []
         assert before[4:6] == ((2, 1, 0), [Path("/run/labkeeper")])
         for snapshot in before[0]:
             store.save(snapshot)

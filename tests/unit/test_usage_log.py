@@ -148,6 +148,23 @@ def test_a_store_that_fails_delays_what_is_saved():
     assert site.columns(START - 9e5) == (3600, 0, [167])
 
 
+def test_samples_that_come_while_the_store_fails_are_merged_with_what_it_has_refused():
+    class SlowStore(MemoryStore):
+        def add_usage(self, points):
+            if self.failing:
+                site.measure(*[300] * 6)
+            super().add_usage(points)
+
+    site = Site(SlowStore())
+    site.measure(*[100] * 6)
+    site.store.failing = True
+    site.log.save()
+    site.store.failing = False
+    site.log.save()
+    site.next_keeper()
+    assert site.columns(START - 80000) == (60, 0, [200])
+
+
 def test_while_the_store_fails_only_the_last_hour_is_kept_for_it():
     site = Site(MemoryStore())
     site.store.failing = True

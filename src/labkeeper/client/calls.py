@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import httpx
@@ -337,7 +337,7 @@ class Calls:
         `since` is a time, or a duration before now: seconds, or text such as `7d`. Raises
         ServerNotFound, InvalidSpec, StoreError.
         """
-        begin = since.astimezone().isoformat() if isinstance(since, datetime) else since
+        begin = since.astimezone(UTC).isoformat() if isinstance(since, datetime) else since
         return Call("GET", _path(name, "/usage"), reading(UsageHistory), query=_given(since=begin))
 
     # Culling

@@ -235,7 +235,11 @@ class SqliteStore(Database):
             level,
             since,
         )
-        return [Point(*row) for row in rows]
+        try:
+            points: list[Point] = _form(list[Point]).validate_python(rows)
+        except ValidationError as error:
+            raise self._damaged(str(error)) from error
+        return points
 
     # Webhooks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -268,6 +269,33 @@ def test_version_health_and_readiness(running, client):
     assert (client.version(), client.healthy(), client.ready()) == ("1.2.3", True, True)
     running.keeper.close()
     assert (client.healthy(), client.ready()) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("since", "sent"),
+    [
+        (None, None),
+        (90, "90"),
+        ("7d", "7d"),
+        (datetime(2026, 12, 1, 8, tzinfo=UTC), "2026-12-01T08:00:00+00:00"),
+    ],
+)
+def test_usage_over_time_is_asked_for_since_a_time_or_a_duration(running, since, sent):
+    recorder = RecordingTransport(httpx.WSGITransport(app=running.app).handle_request)
+    with Client(URL, token=TOKEN, transport=recorder) as client:
+        client.create()
+        found = client.usage("default", since=since)
+    assert recorder.requests[-1].url.params.get("since") == sent
+    assert (found.memory, found.until[:2]) == ([], "20")
+
+
+def test_a_time_of_the_local_clock_is_sent_with_its_offset(running):
+    recorder = RecordingTransport(httpx.WSGITransport(app=running.app).handle_request)
+    with Client(URL, token=TOKEN, transport=recorder) as client:
+        client.create()
+        client.usage("default", since=datetime(2026, 12, 1, 8))  # noqa: DTZ001 - it is the point
+    sent = datetime.fromisoformat(recorder.requests[-1].url.params["since"])
+    assert sent.timestamp() == datetime(2026, 12, 1, 8).timestamp()  # noqa: DTZ001
 
 
 def test_every_route_has_a_method(running):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.core.durations import duration, format_duration, format_time
+from labkeeper.core.durations import duration, format_duration, format_time, moment
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,21 @@ def test_a_duration_is_formatted_in_its_two_largest_units(seconds, told):
 
 def test_a_time_is_formatted_in_utc():
     assert format_time(1.5) == "1970-01-01T00:00:01.500Z"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1970-01-01T00:00:01Z", 1.0),
+        ("1970-01-01T02:00:00.500+01:00", 3600.5),
+        (format_time(1764000000.25), 1764000000.25),
+    ],
+)
+def test_a_time_is_read_as_it_is_written(text, seconds):
+    assert moment(text).timestamp() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "now", "1h", "2026-12-01", "2026-12-01T08:00:00"])
+def test_a_time_without_an_offset_is_none(text):
+    with pytest.raises(ValueError, match=r"offset|isoformat"):
+        moment(text)
