@@ -29,6 +29,8 @@ class Answer:
     body: bytes
     location: str = ""
     """Target of a redirect."""
+    date: str = ""
+    """When the other side answered, by its own clock."""
 
 
 def exchange(
@@ -65,7 +67,8 @@ def exchange(
         if whole is not None and len(read) < whole:
             # `read1` takes the end of the connection for the end of the answer.
             raise http.client.IncompleteRead(bytes(read), whole - len(read))
-    return Answer(answer.status, bytes(read), answer.headers.get("Location", ""))
+    location, date = (answer.headers.get(name, "") for name in ("Location", "Date"))
+    return Answer(answer.status, bytes(read), location, date)
 
 
 class _Response(http.client.HTTPResponse):

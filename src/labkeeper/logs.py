@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 import structlog
 
@@ -87,6 +88,21 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drop what this process logs in the block, for callers who report it in another way."""
+    before = structlog.get_config()["processors"]
+    structlog.configure(processors=[_drop])
+    try:
+        yield
+    finally:
+        structlog.configure(processors=before)
+
+
+def _drop(*_: object) -> NoReturn:
+    raise structlog.DropEvent
 
 
 class _Console(structlog.dev.ConsoleRenderer):

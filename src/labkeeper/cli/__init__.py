@@ -1,8 +1,8 @@
 """The command line: commands over the client, and `serve`.
 
 Data goes to stdout, messages go to stderr. Exit codes: 0 success; 1 rejected by the keeper or the
-server; 2 wrong usage or settings; 3 no keeper reachable; 4 no such server; 130 interrupted. Slow
-imports are made where they are used.
+server, or a problem found by `doctor`; 2 wrong usage or settings; 3 no keeper reachable; 4 no such
+server; 130 interrupted. Slow imports are made where they are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from labkeeper.cli import access, culling, history, keeper, links, servers, start
+from labkeeper.cli import access, culling, doctor, history, keeper, links, servers, start
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -22,6 +22,7 @@ from labkeeper.cli.options import Where, examples, where_options
     commands=(
         keeper.serve,
         keeper.version,
+        doctor.doctor,
         access.token,
         access.session,
         access.whoami,

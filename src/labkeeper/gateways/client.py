@@ -13,6 +13,7 @@ import ssl
 import threading
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, suppress
+from email.utils import parsedate_to_datetime
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -72,6 +73,18 @@ class GatewayClient:
             failure = Failure(error.kind, f"the gateway {gateway.url} {error}")
             return GatewayHealth(self._clock.time(), failure)
         return GatewayHealth(self._clock.time(), kernelspecs=count)
+
+    def clock_of(self, gateway: Gateway) -> float | None:
+        """Return by how many seconds a gateway's clock is ahead of ours; None if it is unknown.
+
+        A gateway that refuses the caller says what time it is, too.
+        """
+        try:
+            answer = self._ask(gateway, "GET", "/api", self._timeout)
+            theirs = parsedate_to_datetime(answer.date).timestamp()
+        except (OSError, http.client.HTTPException, BackendUnavailable, ValueError):
+            return None
+        return theirs - self._clock.time()
 
     def has_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
         """Whether the gateway has a kernel of this id. Raises BackendUnavailable if unknown."""

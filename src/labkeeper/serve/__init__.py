@@ -6,17 +6,17 @@ import contextlib
 import functools
 import gc
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import structlog
 
-from labkeeper import addresses, discovery, logs, scrub, shortage
+from labkeeper import discovery, logs, scrub, shortage
 from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
+from labkeeper.serve import consistency
 from labkeeper.serve.assembly import VERSION, assemble
 from labkeeper.serve.edge import certificate
 from labkeeper.serve.edge.certificate import Certificate
@@ -24,7 +24,7 @@ from labkeeper.serve.edge.instances import Instances
 from labkeeper.serve.edge.supervisor import Answering, Edge, running
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
-from labkeeper.serve.policies import hosts, lab_addresses, longest_stop
+from labkeeper.serve.policies import hosts, lab_addresses, longest_stop, own_secrets
 from labkeeper.serve.process import Ended, allow_descriptors, own_directories, tell_systemd
 from labkeeper.settings.model import Settings
 from labkeeper.settings.sources import unknown_variables
@@ -49,13 +49,13 @@ def run(
     os.umask(0o077)
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     announce = _unheard_is_no_harm(announce)
-    _check_sleep(chosen)
+    consistency.check(chosen)
     with ExitStack() as stack:
         ended = stack.enter_context(closing(Ended()))
         own_directories(chosen.state_dir, chosen.server_dirs, stack)
         allow_descriptors()
         token = _token(chosen)
-        scrub.KEEPER.learn(lambda: _own_secrets(chosen, token))
+        scrub.KEEPER.learn(lambda: own_secrets(chosen, token))
         if chosen.lab_certificate is not None:
             # A mistake is reported now, and not by each server that cannot start.
             certificate.check(*chosen.lab_certificate, "LABKEEPER_LAB_")
@@ -100,16 +100,8 @@ def _edge(chosen: Settings, ends: Callable[[], bool]) -> AbstractContextManager[
     `ends` is called after the keeper's end: whether the edge ends with it.
     """
     if chosen.edge == "off":
-        _check_without_edge(chosen)
         return contextlib.nullcontext()
-    if sys.platform != "linux":
-        raise SettingsError("LABKEEPER_EDGE=on requires Linux")
     labs = lab_addresses(chosen)
-    if chosen.lab_address == "host" and chosen.lab_domain is None:
-        raise SettingsError(
-            "LABKEEPER_LAB_ADDRESS=host needs a domain: set LABKEEPER_LAB_DOMAIN, "
-            "such as labs.example.org"
-        )
     # At other ports, Labs speak plain HTTP, which browsers would refuse for the whole host.
     pair = chosen.certificate and Certificate(*chosen.certificate, hsts=labs.mode != "port")
     instances = Instances(
@@ -133,32 +125,6 @@ def _edge(chosen: Settings, ends: Callable[[], bool]) -> AbstractContextManager[
         certificate=pair,
         ends=ends,
     )
-
-
-def _check_sleep(chosen: Settings) -> None:
-    """Raise SettingsError if servers are to sleep, but could not be woken."""
-    if chosen.sleep_after and lab_addresses(chosen).mode == "port":
-        raise SettingsError(
-            "LABKEEPER_SLEEP_AFTER needs Labs behind the edge, which sees their visitors and wakes "
-            "them: set neither LABKEEPER_LAB_ADDRESS=port nor LABKEEPER_EDGE=off"
-        )
-
-
-def _check_without_edge(chosen: Settings) -> None:
-    """Raise SettingsError if settings need the edge: the keeper's own server is for development."""
-    needing = {
-        "LABKEEPER_CERT_FILE": chosen.certificate,
-        "LABKEEPER_LAB_DOMAIN": chosen.lab_domain,
-        "LABKEEPER_TRUSTED_PROXIES": chosen.trusted_proxies,
-    }
-    for name, value in needing.items():
-        if value:
-            raise SettingsError(f"{name} needs the edge, which LABKEEPER_EDGE=off turns off")
-    if not addresses.is_loopback(chosen.host):
-        raise SettingsError(
-            f"cannot listen on {chosen.host} with LABKEEPER_EDGE=off, which is for development on "
-            "this machine; turn the edge on, or choose LABKEEPER_HOST=127.0.0.1"
-        )
 
 
 @contextmanager
@@ -234,13 +200,3 @@ def _token(chosen: Settings) -> str | None:
         raise SettingsError(
             f"cannot create a token in the state directory {chosen.state_dir}: {error.strerror}"
         ) from error
-
-
-def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
-    """Return the keeper's secrets; the URL of a webhook is often a secret by itself."""
-    set_ = (
-        secret.get_secret_value()
-        for secret in (chosen.webhook_url, chosen.webhook_secret)
-        if secret is not None
-    )
-    return [*set_, *([] if token is None else [token])]

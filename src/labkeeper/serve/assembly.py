@@ -5,10 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Final
-from urllib.parse import urlsplit
 
 from labkeeper import logs, scrub
 from labkeeper.api.app import create_app
@@ -18,15 +17,12 @@ from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
-from labkeeper.backends.local.options import LocalOptions
-from labkeeper.backends.local.paths import Paths
-from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Subscriber
 from labkeeper.culler import Culler
 from labkeeper.events.log import EventLog
-from labkeeper.events.webhooks import Webhook, key_of
+from labkeeper.events.webhooks import Webhook
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.monitor import GatewayWatch
 from labkeeper.gateways.orphans import OrphanedKernels
@@ -43,13 +39,16 @@ from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics.collector import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
+from labkeeper.serve.consistency import webhook_target
 from labkeeper.serve.edge.supervisor import Edge
 from labkeeper.serve.policies import (
     cull_policy,
     defaults,
     hosts,
     lab_addresses,
+    local_options,
     longest_stop,
+    paths,
     policy,
 )
 from labkeeper.serve.process import earlier_dirs
@@ -220,21 +219,10 @@ def _history(chosen: Settings, base: _Base, edge: Edge | None, stack: ExitStack)
 
 def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | None:
     """Return the configured webhook, or None. Raises SettingsError."""
-    if chosen.webhook_url is None:
+    target = webhook_target(chosen)
+    if target is None:
         return None
-    url = chosen.webhook_url.get_secret_value()
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise SettingsError("bad setting LABKEEPER_WEBHOOK_URL: must be such as https://host/path")
-    if chosen.webhook_secret is None:
-        raise SettingsError(
-            "LABKEEPER_WEBHOOK_URL is set, but no LABKEEPER_WEBHOOK_SECRET to sign with; "
-            "`openssl rand -base64 32` makes one"
-        )
-    try:
-        key = key_of(chosen.webhook_secret.get_secret_value())
-    except ValueError as error:
-        raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
+    url, key = target
     return Webhook(
         url,
         key,
@@ -282,24 +270,10 @@ def _backend(
     earlier: Sequence[EarlierDir],
     identity_secret: str,
 ) -> Backend:
-    options = LocalOptions(
-        python=chosen.jupyter_python,
-        runtime_dir=chosen.server_dirs,
-        log_dir=chosen.state_dir / "logs",
-        launch_by=chosen.launch_by,
-        kernels_by=chosen.kernels_by,
-        preload=chosen.preload,
-        umask=int(chosen.umask, 8),
-        log_max_bytes=chosen.log_max_bytes,
-        echo_logs=chosen.echo_logs,
-        base_path=lab_addresses(chosen).base_path,
-        identity_secret=identity_secret,
-        certificate=chosen.lab_certificate,
-    )
     return LocalBackend(
         preflight.receive,
-        options,
-        paths=Paths(chosen.notebook_dir, chosen.allowed_roots or ()),
+        replace(local_options(chosen), identity_secret=identity_secret),
+        paths=paths(chosen),
         client=base.jupyter,
         earlier=earlier,
         found_orphans=history.event_log.orphans,

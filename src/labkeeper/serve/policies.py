@@ -1,9 +1,11 @@
-"""Policies, limits and waiting times for the core, as the settings have them."""
+"""Policies, limits and waiting times, and the options of the backend, as the settings have them."""
 
 from __future__ import annotations
 
 from typing import Final
 
+from labkeeper.backends.local.options import LocalOptions
+from labkeeper.backends.local.paths import Paths
 from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Reserve
@@ -76,6 +78,38 @@ def defaults(chosen: Settings) -> Defaults:
         chosen.user,
         chosen.kernels_by,
     )
+
+
+def local_options(chosen: Settings) -> LocalOptions:
+    """Return what all servers have in common, but for what their edge shares with them."""
+    return LocalOptions(
+        python=chosen.jupyter_python,
+        runtime_dir=chosen.server_dirs,
+        log_dir=chosen.state_dir / "logs",
+        launch_by=chosen.launch_by,
+        kernels_by=chosen.kernels_by,
+        preload=chosen.preload,
+        umask=int(chosen.umask, 8),
+        log_max_bytes=chosen.log_max_bytes,
+        echo_logs=chosen.echo_logs,
+        base_path=lab_addresses(chosen).base_path,
+        certificate=chosen.lab_certificate,
+    )
+
+
+def paths(chosen: Settings) -> Paths:
+    """Return the directories and files that requests may name."""
+    return Paths(chosen.notebook_dir, chosen.allowed_roots or ())
+
+
+def own_secrets(chosen: Settings, token: str | None) -> list[str]:
+    """Return the keeper's secrets; the URL of a webhook is often a secret by itself."""
+    set_ = (
+        secret.get_secret_value()
+        for secret in (chosen.webhook_url, chosen.webhook_secret)
+        if secret is not None
+    )
+    return [*set_, *([] if token is None else [token])]
 
 
 def longest_stop(chosen: Settings) -> float:

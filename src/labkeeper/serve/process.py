@@ -18,7 +18,8 @@ from labkeeper.core.errors import SettingsError
 
 LOCK: Final = "keeper.lock"
 """File in a keeper's directories that it has locked as long as it runs."""
-_DESCRIPTORS: Final = 16384
+DESCRIPTORS: Final = 16384
+"""The descriptors that a keeper wants."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -62,14 +63,12 @@ def _make_private(directory: Path) -> None:
         raise SettingsError(
             f"cannot use the state directory {directory}: {error.strerror}"
         ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not is_usable(directory):
         raise SettingsError(f"cannot use the state directory {directory}: it is not writable")
 
 
-def _is_usable(directory: Path) -> bool:
-    """Whether a directory, created if missing, is usable."""
-    with contextlib.suppress(OSError):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+def is_usable(directory: Path) -> bool:
+    """Whether a keeper can use a directory that exists."""
     return os.access(directory, os.W_OK | os.X_OK)
 
 
@@ -77,7 +76,9 @@ def own_directories(state_dir: Path, runtime_dir: Path, stack: ExitStack) -> Non
     """Lock the keeper's directories, created if missing. Raises SettingsError."""
     _make_private(state_dir)
     stack.enter_context(only_keeper(state_dir, "state directory", "LABKEEPER_STATE_DIR"))
-    if _is_usable(runtime_dir):
+    with contextlib.suppress(OSError):
+        runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if is_usable(runtime_dir):
         # Also the default one: another keeper that uses it would end these servers, unknown to its
         # store.
         stack.enter_context(only_keeper(runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
@@ -110,14 +111,36 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
-            raise BlockingIOError(error.errno, holder) from None
+            raise BlockingIOError(error.errno, _pid_in(descriptor)) from None
         with contextlib.suppress(OSError):  # On a full disk, only the pid is missing.
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def holder(directory: Path) -> str | None:
+    """Return the pid, as text, of the keeper that has locked a directory; None if there is none.
+
+    Raises OSError.
+    """
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _pid_in(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _pid_in(descriptor: int) -> str:
+    """Return the pid in a lock file as text."""
+    return os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
 
 
 def earlier_dirs(known: Iterable[Path], own: Path, stack: ExitStack) -> list[Path]:
@@ -144,7 +167,7 @@ def earlier_dirs(known: Iterable[Path], own: Path, stack: ExitStack) -> list[Pat
 def allow_descriptors() -> None:
     """Raise the descriptor limit: each connection, log and server needs a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

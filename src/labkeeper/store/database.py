@@ -38,7 +38,7 @@ class Database:
         self._writing = threading.Lock()
         self._reading = threading.Lock()
         self._wipe_waits = threading.Lock()
-        self._examine()
+        examine(path)
         with ExitStack() as opened:
             try:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -47,7 +47,7 @@ class Database:
             except OSError as error:
                 raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
             except sqlite3.Error as error:
-                raise self._failed("open", error) from error
+                raise _failed(path, "open", error) from error
             self._prepare()
             self._reader.execute("PRAGMA query_only = ON")
             opened.pop_all()
@@ -72,34 +72,6 @@ class Database:
                 closing(self._connect(timeout=0.0)) as db,
             ):
                 _wipe(db)
-
-    def _examine(self) -> None:
-        """Reject a file that is damaged or newer than this version.
-
-        Uses a read-only connection: any other would merge the log into the file when it closes.
-        """
-        if not self._path.exists():
-            return
-        if not self._path.stat().st_size:
-            log = self._path.with_name(f"{self._path.name}-wal")
-            if log.exists() and log.stat().st_size:
-                raise self._damaged("it is empty, and the log beside it is not")
-            return
-        with (
-            self._doing("open"),
-            closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db,
-        ):
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise self._damaged(" ".join(found.split()))
-        if version < 0:
-            raise self._damaged(f"its schema has the version {version}")
-        if version > VERSION:
-            raise StoreError(
-                f"cannot open the store {self._path}: a newer labkeeper wrote it; "
-                "use that version, or another state directory"
-            )
 
     def _prepare(self) -> None:
         with self._doing("open"):
@@ -150,39 +122,80 @@ class Database:
 
     @contextmanager
     def _doing(self, verb: str) -> Iterator[None]:
-        with self._reading if verb == "read" else self._writing:
-            try:
-                yield
-            except sqlite3.DatabaseError as error:
-                if verb != "open":  # The error on opening ends the keeper, which reports it.
-                    _log.error("the store failed", verb=verb, error=str(error))
-                if isinstance(error, sqlite3.OperationalError):
-                    raise self._failed(verb, error) from error
-                raise self._damaged(str(error)) from error
-            except UnicodeDecodeError as error:
-                # From SQLite's message, which quotes the file's content.
-                raise self._damaged("it holds a value that is not text") from error
-
-    def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:
-        """Return the error with its cause, from a test write if SQLite knows none."""
-        # Errors that Python finds in SQLite's results have no code.
-        why, full = str(error), getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        probe = self._path.with_name(f"{self._path.name}.probe")
-        try:
-            probe.write_bytes(bytes(_PROBE))
-        except OSError as disk:
-            why, full = f"{error} ({disk.strerror})", full or shortage.is_full(disk)
-        finally:
-            with suppress(OSError):
-                probe.unlink()
-        cause = {"failure_class": FailureClass.DISK_FULL} if full else {}
-        return StoreError(f"cannot {verb} the store {self._path}: {why}", **cause)
+        lock = self._reading if verb == "read" else self._writing
+        with lock, _translated(self._path, verb):
+            yield
 
     def _damaged(self, why: str) -> StoreError:
-        return StoreError(
-            f"cannot read the store {self._path}: it is damaged ({why}); it was left as it is: "
-            "move it away to begin without it, and end its servers by hand"
+        return _damaged(self._path, why)
+
+
+def examine(path: Path) -> None:
+    """Raise StoreError if the file is damaged, or newer than this version; it stays unchanged.
+
+    Uses a read-only connection: any other would merge the log into the file when it closes.
+    """
+    if not path.exists():
+        return
+    if not path.stat().st_size:
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise _damaged(path, "it is empty, and the log beside it is not")
+        return
+    with (
+        _translated(path, "open"),
+        closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db,
+    ):
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise _damaged(path, " ".join(found.split()))
+    if version < 0:
+        raise _damaged(path, f"its schema has the version {version}")
+    if version > VERSION:
+        raise StoreError(
+            f"cannot open the store {path}: a newer labkeeper wrote it; "
+            "use that version, or another state directory"
         )
+
+
+@contextmanager
+def _translated(path: Path, verb: str) -> Iterator[None]:
+    """Raise StoreError instead of errors of SQLite."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if verb != "open":  # The error on opening ends the keeper, which reports it.
+            _log.error("the store failed", verb=verb, error=str(error))
+        if isinstance(error, sqlite3.OperationalError):
+            raise _failed(path, verb, error) from error
+        raise _damaged(path, str(error)) from error
+    except UnicodeDecodeError as error:
+        # From SQLite's message, which quotes the file's content.
+        raise _damaged(path, "it holds a value that is not text") from error
+
+
+def _failed(path: Path, verb: str, error: sqlite3.Error) -> StoreError:
+    """Return the error with its cause, from a test write if SQLite knows none."""
+    # Errors that Python finds in SQLite's results have no code.
+    why, full = str(error), getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    probe = path.with_name(f"{path.name}.probe")
+    try:
+        probe.write_bytes(bytes(_PROBE))
+    except OSError as disk:
+        why, full = f"{error} ({disk.strerror})", full or shortage.is_full(disk)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    cause = {"failure_class": FailureClass.DISK_FULL} if full else {}
+    return StoreError(f"cannot {verb} the store {path}: {why}", **cause)
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"cannot read the store {path}: it is damaged ({why}); it was left as it is: "
+        "move it away to begin without it, and end its servers by hand"
+    )
 
 
 def _wipe(db: sqlite3.Connection) -> None:

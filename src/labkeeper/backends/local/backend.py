@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -90,7 +91,7 @@ class LocalBackend:
         self._meter = Meter(self._groups, runtime_dir) if sys.platform == "linux" else None
         self._threads = ThreadGroup()
         self._sites = Sites(options, self._groups, self._threads, client, report)
-        why_not = _why_not_forked(options)
+        why_not = why_not_forked(options)
         self._forkserver = None if why_not else self._start_forkserver()
         if self._forkserver is None:
             # Otherwise the fork server does this.
@@ -100,14 +101,10 @@ class LocalBackend:
     def _start_forkserver(self) -> ForkServer:
         forkserver = ForkServer(
             self._threads,
-            python=self._options.python,
             runtime_dir=self._options.runtime_dir,
             log_dir=self._options.log_dir,
             groups=self._groups,
-            environment=base_environment(common_environment()),
-            config=base_config(),
-            kernels_by=self._options.kernels_by,
-            preload=self._options.preload,
+            **forkserver_inputs(self._options),
         )
         forkserver.start()
         return forkserver
@@ -382,7 +379,18 @@ def _unavailable(what: str) -> Iterator[None]:
         raise BackendUnavailable(f"cannot {what} now: {error}") from error
 
 
-def _why_not_forked(options: LocalOptions) -> str:
+def forkserver_inputs(options: LocalOptions) -> dict[str, Any]:
+    """Return what a fork server is made from, as arguments of `ForkServers`."""
+    return {
+        "python": options.python,
+        "environment": base_environment(common_environment()),
+        "config": base_config(),
+        "kernels_by": options.kernels_by,
+        "preload": options.preload,
+    }
+
+
+def why_not_forked(options: LocalOptions) -> str:
     """Return why no server is forked, or ""."""
     if sys.platform != "linux":
         return f"forking needs Linux, and this is {sys.platform}"

@@ -72,19 +72,37 @@ def version_2(*ours: str) -> dict[str, Hierarchy]:
     if base is None:
         return {}
     try:
-        controllers = [
-            c
-            for c in ("memory", "cpu", "pids")
-            if c in (base / "cgroup.controllers").read_text().split()
-        ]
-        enabled = (base / "cgroup.subtree_control").read_text().split()
-        if missing := [controller for controller in controllers if controller not in enabled]:
-            _divide(base, missing)
+        controllers = _divided(base)
     except OSError as error:
         # Other processes share the keeper's group, or it was not delegated.
         _log.info("control groups of version 2 cannot be used", group=str(base), error=str(error))
         return {}
     return {controller: Hierarchy(LimitedBy.CGROUP2, base) for controller in controllers}
+
+
+def why_not_version_2() -> str:
+    """Return why version 2 cannot be used, or ""."""
+    base = _base_2()
+    if base is None:
+        return "control groups of version 2 are not mounted"
+    try:
+        controllers = _divided(base)
+    except OSError as error:
+        return f"control groups of version 2 cannot be used: {error}"
+    return "" if controllers else f"the control group {base} has no controller"
+
+
+def _divided(base: Path) -> list[str]:
+    """Return the controllers of a group for its subgroups, enabling those that are not yet.
+
+    Raises OSError.
+    """
+    there = (base / "cgroup.controllers").read_text().split()
+    controllers: list[str] = [c for c in ("memory", "cpu", "pids") if c in there]
+    enabled = _enabled(base)
+    if missing := [controller for controller in controllers if controller not in enabled]:
+        _divide(base, missing)
+    return controllers
 
 
 def _base_2(*ours: str) -> Path | None:
@@ -125,6 +143,34 @@ def _divide(base: Path, controllers: Sequence[str]) -> None:
             (base / "cgroup.procs").write_text(str(os.getpid()))
             leaf.rmdir()
         raise
+
+
+def _enabled(base: Path) -> list[str]:
+    """Return the controllers that subgroups of a version 2 group have. Raises OSError."""
+    return (base / "cgroup.subtree_control").read_text().split()
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Undo, after the block, what `version_2` did in it: for programs that only try."""
+    base = _base_2()
+    with contextlib.ExitStack() as after:
+        if base is not None:
+            with contextlib.suppress(OSError):
+                after.callback(_reunite, base, _enabled(base))
+        yield
+
+
+def _reunite(base: Path, before: Sequence[str]) -> None:
+    """Undo `_divide`, unless nothing was divided, or others use the subgroups by now."""
+    with contextlib.suppress(OSError):
+        added = [controller for controller in _enabled(base) if controller not in before]
+        if added:
+            (base / "cgroup.subtree_control").write_text(
+                " ".join(f"-{controller}" for controller in added)
+            )
+            (base / "cgroup.procs").write_text(str(os.getpid()))
+            (base / LEAF).rmdir()
 
 
 def memory_groups(pid: int) -> Iterator[Path]:

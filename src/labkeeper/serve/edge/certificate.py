@@ -31,7 +31,8 @@ class Certificate:
         self._hsts = hsts
         self._seen = [_look(path) for path in self._files]
         self._chain, self._key = self._read()
-        _warn_of_readers(key_file)
+        if is_readable_by_others(key_file):
+            _log.warning("other users can read the key; run `chmod 600` on it", file=str(key_file))
 
     def message(self) -> dict[str, object]:
         """Return the command that has an edge use it."""
@@ -110,7 +111,8 @@ def _look(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _warn_of_readers(key_file: Path) -> None:
+def is_readable_by_others(key_file: Path) -> bool:
+    """Whether users other than its owner have access to a key."""
     with contextlib.suppress(OSError):
-        if key_file.stat().st_mode & _OTHERS:
-            _log.warning("other users can read the key; run `chmod 600` on it", file=str(key_file))
+        return bool(key_file.stat().st_mode & _OTHERS)
+    return False
