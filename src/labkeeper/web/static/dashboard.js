@@ -39,16 +39,21 @@ const LOST = 'The keeper does not answer. Trying again …'
 
 addEventListener('htmx:sse:after:connection', () => connected(''))
 addEventListener('htmx:sse:error', () => connected(LOST))
-addEventListener('htmx:error', (event) => {
-  if (event.target.id !== 'stream') return
+
+// A stream that never began does not begin again by itself.
+function begin(event) {
+  const stream = event.target
+  if (stream.id !== 'stream') return
   connected(LOST)
-  // A stream that never began does not begin again by itself.
   setTimeout(() => {
-    const again = event.target.cloneNode()
-    event.target.replaceWith(again)
+    const again = stream.cloneNode()
+    stream.replaceWith(again)
     htmx.process(again)
   }, RETRY)
-})
+}
+
+addEventListener('htmx:error', begin)
+addEventListener('htmx:response:error', begin)
 addEventListener('version', (event) => {
   // The elements and scripts of another version may differ.
   if (event.detail.data !== document.body.dataset.version) location.reload()
