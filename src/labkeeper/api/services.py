@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
-from labkeeper.core.messages import WebhookStatus
+from labkeeper.core.messages import EdgeUse, WebhookStatus
+from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Backend, CullStatus, Probe
 from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
 from labkeeper.events.log import EventLog
@@ -19,6 +20,18 @@ from labkeeper.lab_addresses import LabAddresses
 from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper
 from labkeeper.schema.requests.servers import Defaults
+
+
+@dataclass(frozen=True, slots=True)
+class SettingInForce:
+    """A setting of the keeper as people may see it: the value of a secret is left out."""
+
+    variable: str
+    """Its environment variable."""
+    value: str
+    source: str
+    """Where it comes from, in words."""
+    is_default: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,8 @@ class Services:
     """Returns why the last round of each failing watcher failed, by name."""
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
     """Returns the state of the webhooks."""
+    edge_use: Callable[[], EdgeUse | None] = lambda: None
+    """Returns how the edge is used; None if there is none."""
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
     """Returns a server's last usage sample without blocking."""
     advertised_host: str | None = None
@@ -71,3 +86,5 @@ class Services:
     """Longest postponement of culling by one call."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
+    policy: Policy = Policy()  # noqa: RUF009 - frozen
+    settings: Sequence[SettingInForce] = ()

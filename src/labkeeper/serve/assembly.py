@@ -51,6 +51,7 @@ from labkeeper.serve.policies import (
     lab_addresses,
     longest_stop,
     policy,
+    settings_in_force,
 )
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
@@ -139,6 +140,7 @@ def assemble(
         sampler=sampler,
         tokens=tokens,
         sessions=sessions,
+        edge=edge,
         url=url,
     )
     _serve(chosen, services, stack, sockets=sockets, edge=edge)
@@ -345,6 +347,7 @@ def _services(
     sampler: Sampler,
     tokens: Tokens,
     sessions: Sessions,
+    edge: Edge | None,
     url: str,
 ) -> Services:
     return Services(
@@ -356,6 +359,7 @@ def _services(
         metrics=history.metrics,
         webhooks=history.webhooks,
         failing=lambda: {**base.threads.failing, **history.failing()},
+        edge_use=(lambda: None) if edge is None else edge.use,
         usage=sampler.of,
         culler=culler,
         max_snooze=chosen.max_snooze,
@@ -374,6 +378,8 @@ def _services(
         stop_wait=longest_stop(chosen),
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
+        policy=policy(chosen),
+        settings=settings_in_force(chosen),
     )
 
 
