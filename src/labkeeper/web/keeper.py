@@ -162,11 +162,11 @@ _PARTS: Final[dict[str, Callable[[Services, Sequence[Snapshot]], dict[str, Any]]
     "health": _health,
     "capacity": _capacity,
     "queue": _queue,
-    "gateways": _gateways,
     "launches": _launches,
     "edge": _edge,
-    "orphans": _orphans,
     "webhooks": _webhooks,
     "versions": _versions,
+    "gateways": _gateways,
+    "orphans": _orphans,
 }
 """What each part of the page shows; its template has the same name."""

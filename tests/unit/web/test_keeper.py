@@ -55,7 +55,7 @@ def test_a_new_keeper_explains_each_part(site):
     for part, text in {
         "health": "Ready: it takes commands",
         "capacity": "Memory unknown",
-        "queue": "No server waits. Beyond 200 starts",
+        "queue": "No server waits. Starts at once are limited to 200",
         "gateways": "No active server uses one",
         "launches": "0 forked, 0 executed",
         "edge": "off the keeper listens itself",
