@@ -111,6 +111,7 @@ def fake_keeper(
         "metrics": Metrics(clock),
         "culler": NoCulling(),
         "defaults": Defaults("127.0.0.1", 8888),
+        "policy": policy or Policy(),
         "version": "1.2.3",
         "tokens": tokens,
         "sessions": Sessions(store, clock, event_log, lambda _begun, _ended: None),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from labkeeper.core.errors import SettingsError
-from labkeeper.serve.policies import cull_policy
+from labkeeper.serve.policies import cull_policy, settings_in_force
 from labkeeper.settings.model import Settings
 from labkeeper.settings.sources import PREFIX, ca_file, load, unknown_variables
 
@@ -44,6 +44,31 @@ def test_flags_override_the_environment_which_overrides_the_file(tmp_path, monke
     monkeypatch.setenv("LABKEEPER_LAB_PORT", "2002")
     chosen = load(port=3001)
     assert (chosen.port, chosen.lab_port, chosen.max_servers) == (3001, 2002, 3)
+    names = ("port", "lab_port", "max_servers", "host")
+    assert [chosen.source_of(name) for name in names] == [
+        "flag",
+        "environment variable",
+        "settings file",
+        "default",
+    ]
+
+
+def test_settings_in_force_are_told_with_their_sources_and_without_secrets(tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.write_text("a-token-that-is-secret\n")
+    monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
+    monkeypatch.setenv("LABKEEPER_WEBHOOK_URL", "https://hook.example.org/a-secret-path")
+    monkeypatch.setenv("LABKEEPER_ALLOWED_HOSTS", "a.example.org,b.example.org")
+    told = settings_in_force(load(debug=True))
+    found = {one.variable.removeprefix(PREFIX): (one.value, one.source) for one in told}
+    assert found.keys() == {name.upper() for name in Settings.model_fields}
+    assert found["TOKEN"] == ("set", "file named by LABKEEPER_TOKEN_FILE")
+    assert found["TOKEN_FILE"] == found["WEBHOOK_URL"] == ("set", "environment variable")
+    assert found["WEBHOOK_SECRET"] == found["ALLOWED_ORIGINS"] == ("not set", "default")
+    assert found["ALLOWED_HOSTS"] == ("a.example.org, b.example.org", "environment variable")
+    assert found["DEBUG"] == ("true", "flag")
+    assert found["STOP_GRACE"] == ("8", "default")
+    assert "secret" not in " ".join(one.value for one in told)
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch):

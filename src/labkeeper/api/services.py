@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
-from labkeeper.core.messages import WebhookStatus
+from labkeeper.core.messages import EdgeUse, WebhookStatus
+from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Backend, CullStatus, Probe
 from labkeeper.core.server import GatewayHealth, OrphanedKernel, Sample, Snapshot
 from labkeeper.core.spec import Gateway, QualifiedName
@@ -21,6 +22,18 @@ from labkeeper.lab_addresses import LabAddresses
 from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper
 from labkeeper.schema.requests.servers import Defaults
+
+
+@dataclass(frozen=True, slots=True)
+class SettingInForce:
+    """A setting of the keeper as people may see it: the value of a secret is left out."""
+
+    variable: str
+    """Its environment variable."""
+    value: str
+    source: str
+    """Where it comes from, in words."""
+    is_default: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,8 @@ class Services:
     """Returns the state of the webhooks."""
     check_gateway: Callable[[Gateway], GatewayHealth] = lambda _: GatewayHealth(0.0)
     """Returns whether a gateway can be used; takes as long as that needs."""
+    edge_use: Callable[[], EdgeUse | None] = lambda: None
+    """Returns how the edge is used; None if there is none."""
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
     """Returns a server's last usage sample without blocking."""
     advertised_host: str | None = None
@@ -79,3 +94,5 @@ class Services:
     """Longest postponement of culling by one call."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
+    policy: Policy = Policy()  # noqa: RUF009 - frozen
+    settings: Sequence[SettingInForce] = ()

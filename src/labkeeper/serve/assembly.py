@@ -50,6 +50,7 @@ from labkeeper.serve.policies import (
     longest_stop,
     paths,
     policy,
+    settings_in_force,
 )
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
@@ -143,6 +144,7 @@ def assemble(
         gateways=gateways,
         tokens=tokens,
         sessions=sessions,
+        edge=edge,
         url=url,
     )
     _serve(chosen, services, stack, sockets=sockets, edge=edge)
@@ -329,6 +331,7 @@ def _services(
     gateways: GatewayClient,
     tokens: Tokens,
     sessions: Sessions,
+    edge: Edge | None,
     url: str,
 ) -> Services:
     return Services(
@@ -340,6 +343,7 @@ def _services(
         metrics=history.metrics,
         webhooks=history.webhooks,
         failing=lambda: {**base.threads.failing, **history.failing()},
+        edge_use=(lambda: None) if edge is None else edge.use,
         usage=sampler.of,
         check_gateway=gateways.check,
         usage_history=history.usage_log.history,
@@ -361,6 +365,8 @@ def _services(
         stop_wait=longest_stop(chosen),
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
+        policy=policy(chosen),
+        settings=settings_in_force(chosen),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from labkeeper.api.services import SettingInForce
 from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.culling import CullPolicy, Terminals
@@ -12,10 +13,13 @@ from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.schema.requests.servers import Defaults
-from labkeeper.settings.model import Settings
+from labkeeper.settings.model import SECRETS, Settings, Source
+from labkeeper.settings.sources import PREFIX
 
 _MARGIN: Final = 5.0
 """Seconds."""
+_SECRET_WORDS: Final = ("password", "secret", "token")
+"""What the names of settings contain that are not shown, nor where they can be read."""
 
 
 def policy(chosen: Settings) -> Policy:
@@ -110,6 +114,31 @@ def own_secrets(chosen: Settings, token: str | None) -> list[str]:
         if secret is not None
     )
     return [*set_, *([] if token is None else [token])]
+
+
+def settings_in_force(chosen: Settings) -> list[SettingInForce]:
+    """Return all settings as people may see them: without secrets."""
+    return [_in_force(chosen, name) for name in Settings.model_fields]
+
+
+def _in_force(chosen: Settings, name: str) -> SettingInForce:
+    variable, source = f"{PREFIX}{name.upper()}", chosen.source_of(name)
+    value = _as_text(name, getattr(chosen, name))
+    if name in SECRETS and getattr(chosen, f"{name}_file", None) is not None:
+        return SettingInForce(variable, value, f"file named by {variable}_FILE")
+    return SettingInForce(variable, value, source, is_default=source is Source.DEFAULT)
+
+
+def _as_text(name: str, value: object) -> str:
+    if value is None or value == ():
+        return "not set"
+    if name in SECRETS or any(word in name for word in _SECRET_WORDS):
+        return "set"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def longest_stop(chosen: Settings) -> float:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr
 
 from labkeeper.core.spec import KernelsBy
 from labkeeper.settings.types import (
@@ -31,6 +33,15 @@ from labkeeper.settings.types import (
 
 def _default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
+
+
+class Source(StrEnum):
+    """Where a setting comes from. Later ones take precedence."""
+
+    DEFAULT = "default"
+    FILE = "settings file"
+    ENVIRONMENT = "environment variable"
+    FLAG = "flag"
 
 
 class Settings(BaseModel):
@@ -431,6 +442,16 @@ class Settings(BaseModel):
     debug: bool = Field(
         False, description="Log at level `debug`, with source locations. Responses are unchanged."
     )
+
+    _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Take the context of a validation as the sources of the settings, by name."""
+        self._sources = context or {}
+
+    def source_of(self, name: str) -> Source:
+        """Return where a setting comes from."""
+        return self._sources.get(name, Source.DEFAULT)
 
     @property
     def certificate(self) -> tuple[Path, Path] | None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pydantic import SecretStr, ValidationError
 
 from labkeeper.core.errors import SettingsError
-from labkeeper.settings.model import SECRETS, Settings
+from labkeeper.settings.model import SECRETS, Settings, Source
 from labkeeper.terminal import visible_line
 
 PREFIX: Final = "LABKEEPER_"
@@ -39,8 +39,15 @@ def load(**flags: Any) -> Settings:
 
 
 def _load(flags: dict[str, Any]) -> Settings:
+    layers = {
+        Source.FILE: _from_file(),
+        Source.ENVIRONMENT: _from_environment(),
+        Source.FLAG: flags,
+    }
+    given = {name: value for layer in layers.values() for name, value in layer.items()}
+    sources = {name: source for source, layer in layers.items() for name in layer}
     try:
-        settings = Settings(**(_from_file() | _from_environment() | flags))
+        settings = Settings.model_validate(given, context=sources)
     except ValidationError as error:
         raise SettingsError(
             "; ".join(_sentence(dict(mistake)) for mistake in error.errors())

@@ -19,6 +19,7 @@ from labkeeper.api.auth import (
     MANAGE_SERVER,
     MANAGE_SERVERS,
     PUBLIC,
+    SEE_KEEPER,
     SEE_SERVER,
     SEE_SERVERS,
     Rule,
@@ -29,7 +30,17 @@ from labkeeper.api.handlers.common import home_url
 from labkeeper.api.services import Services
 from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
 from labkeeper.schema.queries import BODILESS
-from labkeeper.web import access, activity, assets, commands, opening, server, servers, start
+from labkeeper.web import (
+    access,
+    activity,
+    assets,
+    commands,
+    keeper,
+    opening,
+    server,
+    servers,
+    start,
+)
 from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
 from labkeeper.web.rendering import render
 
@@ -67,6 +78,7 @@ ROUTES: Final = (
     Route("POST", f"{_ACCESS}/tokens/<name>/revoke", ADMINISTER, access.revoke_token),
     Route("GET", f"{_ACCESS}/sessions/<id_>/revoke", ADMINISTER, access.confirm_session),
     Route("POST", f"{_ACCESS}/sessions/<id_>/revoke", ADMINISTER, access.revoke_session),
+    Route("GET", "/dashboard/keeper", SEE_KEEPER, keeper.show),
 )
 
 
