@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from labkeeper.cli import access, culling, history, keeper, links, servers, start
+from labkeeper.cli import access, completion, culling, history, keeper, links, servers, start, top
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -22,11 +22,13 @@ from labkeeper.cli.options import Where, examples, where_options
     commands=(
         keeper.serve,
         keeper.version,
+        completion.completion,
         access.token,
         access.session,
         access.whoami,
         start.start,
         servers.ls,
+        top.top,
         servers.show,
         servers.stop,
         servers.restart,
