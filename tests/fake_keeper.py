@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import get_args
 
+from labkeeper.api.app import create_app
 from labkeeper.api.services import Services
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.fleet import Fleet
@@ -126,6 +129,37 @@ def fake_keeper(
     finally:
         if keeper.alive:
             keeper.close()
+
+
+@dataclass
+class Served:
+    """A keeper over a world that the test controls, with its application and URL."""
+
+    world: World
+    probe: FixedProbe
+    app: object
+    url: str
+
+
+@contextmanager
+def serving(notebook_dir) -> Iterator[Served]:
+    """Serve one over HTTP."""
+    with fake_keeper(notebook_dir) as made:
+        app = create_app(made.services)
+        with listening(app) as url:
+            yield Served(made.world, made.probe, app, url)
+
+
+@contextmanager
+def listening(app, port: int = 0) -> Iterator[str]:
+    """Serve an application on a port; yield its URL."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = WsgiServer(app, [listener], threads=4, max_body=2**20)
+        server.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.close()
 
 
 def a_server(**changed) -> Server:

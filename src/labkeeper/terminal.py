@@ -27,5 +27,19 @@ def visible_line(text: str) -> str:
     )
 
 
+def printable_line(text: str) -> str:
+    r"""Write text as one line of known width: colours and marks of direction, too, as `\u202e`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable()
+        else f"\\x{ord(letter):02x}"
+        if ord(letter) < 0x100  # noqa: PLR2004 - one byte
+        else f"\\u{ord(letter):04x}"
+        for letter in text
+    )
+
+
 def _closed(found: re.Match[str]) -> str:
     return found[0] if found[1] in _RESETS else f"{found[0]}\x1b[0m"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ
 from labkeeper.core.errors import SettingsError
+from labkeeper.settings.location import PREFIX
 from labkeeper.settings.model import Settings
-from labkeeper.settings.sources import PREFIX, load
+from labkeeper.settings.sources import load
 
 VALUES = st.text(st.characters(blacklist_characters="\0", codec="utf-8")) | st.sampled_from(
     ["~nobody-of-this-name/x", "~", "1e999", "nan", "-0", "9" * 5000, "٣", "90m", "5%", "on", "[]"]

@@ -13,7 +13,6 @@ import sys
 import termios
 import threading
 import webbrowser
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -21,7 +20,7 @@ import pytest
 import structlog
 from click.testing import CliRunner
 
-from fake_keeper import TOKEN, FixedProbe, a_server, fake_keeper
+from fake_keeper import TOKEN, a_server, fake_keeper, serving
 from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
@@ -34,34 +33,12 @@ from labkeeper.core.server import Kernel, OwnKernel
 from labkeeper.schema.requests.flat import flat_fields
 from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.settings.model import Settings
-from labkeeper.testing.world import World
 
 COMMANDS = sorted(cli.commands)
 ASKING = ["start", "ls", "show", "stop", "restart", "logs", "open", "version"]
 """The commands that call a keeper."""
 LINK = re.compile(r"http://[\w.]+:8888/lab\?token=token-of-\d+\s+")
 """The default server's link from the fake backend, with the end of its line."""
-
-
-@dataclass
-class Served:
-    """A keeper over a world that the test controls, with its application and URL."""
-
-    world: World
-    probe: FixedProbe
-    app: object
-    url: str
-
-
-@contextlib.contextmanager
-def serving(notebook_dir):
-    with fake_keeper(notebook_dir) as made, socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = create_app(made.services)
-        server = WsgiServer(app, [listener], threads=4, max_body=2**20)
-        server.start()
-        yield Served(made.world, made.probe, app, url)
-        server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import pytest
 
 from labkeeper.core.errors import SettingsError
 from labkeeper.serve.policies import cull_policy, settings_in_force
+from labkeeper.settings.location import PREFIX, ca_file
 from labkeeper.settings.model import Settings
-from labkeeper.settings.sources import PREFIX, ca_file, load, unknown_variables
+from labkeeper.settings.sources import load, unknown_variables
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.terminal import visible, visible_line
+from labkeeper.terminal import printable_line, visible, visible_line
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,8 @@ def test_colours_are_kept_and_other_control_sequences_escaped(text, shown):
 
 def test_visible_line_returns_a_single_line():
     assert visible_line("a\n\tb\r\nc\x1b[2J") == r"a\x0a\x09b\x0d\x0ac\x1b[2J"
+
+
+def test_printable_line_escapes_colours_and_marks_of_direction_as_well():
+    assert printable_line("wörds and 漢字") == "wörds and 漢字"
+    assert printable_line("\x1b[31mred\n\x9b\u202egnp") == r"\x1b[31mred\x0a\x9b\u202egnp"

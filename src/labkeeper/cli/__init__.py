@@ -12,7 +12,18 @@ import sys
 
 import click
 
-from labkeeper.cli import access, culling, doctor, history, keeper, links, servers, start
+from labkeeper.cli import (
+    access,
+    completion,
+    culling,
+    doctor,
+    history,
+    keeper,
+    links,
+    servers,
+    start,
+    top,
+)
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -23,11 +34,13 @@ from labkeeper.cli.options import Where, examples, where_options
         keeper.serve,
         keeper.version,
         doctor.doctor,
+        completion.completion,
         access.token,
         access.session,
         access.whoami,
         start.start,
         servers.ls,
+        top.top,
         servers.show,
         servers.stop,
         servers.restart,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from labkeeper.cli.completion import session_ids, token_names
 from labkeeper.cli.connect import connected, read_settings, token_of
 from labkeeper.cli.options import Where, as_json_option, examples, pairs_of, where_options
 from labkeeper.cli.output import ago, hint, print_json, print_table, put, waiting
@@ -143,7 +144,7 @@ def ls(where: Where, /, *, as_json: bool) -> None:
 
 
 @token.command(epilog=examples("labkeeper token revoke ci"))
-@click.argument("name")
+@click.argument("name", shell_complete=token_names)
 @where_options
 @click.pass_obj
 def revoke(where: Where, /, name: str) -> None:
@@ -192,7 +193,7 @@ def list_sessions(where: Where, /, *, as_json: bool) -> None:
 
 
 @session.command("revoke", epilog=examples("labkeeper session revoke 3f9a0c21d4e7"))
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", shell_complete=session_ids)
 @where_options
 @click.pass_obj
 def revoke_session(where: Where, /, id_: str) -> None:

@@ -9,11 +9,13 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from labkeeper.cli.options import Where
 from labkeeper.core.errors import Unreachable
+from labkeeper.settings.location import ca_file, certain_state_dir, keeper_url
 
 if TYPE_CHECKING:
     from labkeeper.client import Client
@@ -39,13 +41,39 @@ def loading() -> Iterator[None]:
         gc.enable()
 
 
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A keeper, and how to authenticate to it."""
+
+    url: str
+    is_here: bool
+    """Whether it is on this machine."""
+    token: str | None = field(repr=False)
+    token_if_asked: str | None = field(repr=False)
+    """To be sent only if the keeper does not know us without one."""
+    socket: str | None = None
+    """Path of its Unix socket."""
+
+
 @contextmanager
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     """Connect to the keeper; also yield whether it is on this machine. Raises Unreachable."""
     with loading():
         from labkeeper.client import Client  # noqa: PLC0415 - late
-        from labkeeper.settings.sources import ca_file, keeper_url  # noqa: PLC0415 - late
 
+    found = locate(where)
+    with Client(
+        found.url,
+        token=found.token,
+        token_if_asked=found.token_if_asked,
+        socket=found.socket,
+        ca_file=ca_file(),
+    ) as client:
+        yield client, found.is_here
+
+
+def locate(where: Where) -> Location:
+    """Find the keeper and our token. Raises Unreachable, SettingsError."""
     settings = read_settings(where)
     named = where.url or keeper_url()
     is_here = named is None or urlsplit(named).hostname in _LOOPBACK
@@ -55,10 +83,20 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     shown = token_of(settings) if unix_socket is None and _is_ours(settings, url) else own
     # Over its Unix socket the keeper knows us, unless it may mistake us for a leftover of a server.
     if_asked = token_of(settings) if unix_socket is not None and own is None else None
-    with Client(
-        url, token=shown, token_if_asked=if_asked, socket=unix_socket, ca_file=ca_file()
-    ) as client:
-        yield client, is_here
+    return Location(url, is_here, shown, if_asked, unix_socket)
+
+
+def locate_quickly(where: Where) -> Location | None:
+    """Find the keeper as `locate` does, without loading the settings; None if that takes them."""
+    from labkeeper.discovery import read_address, read_socket, read_token  # noqa: PLC0415 - late
+
+    state_dir = certain_state_dir(where.state_dir) if where.url is None else None
+    if state_dir is None:
+        return None
+    url, path = read_address(state_dir), read_socket(state_dir)
+    if url is None or path is None or not path.is_socket():
+        return None
+    return Location(url, True, None, read_token(state_dir), str(path))
 
 
 def read_settings(where: Where, **flags: Any) -> Settings:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from labkeeper.cli.completion import name_argument, server_names
 from labkeeper.cli.connect import connected
-from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import hint, print_facts, print_json, print_table, put, waiting
+from labkeeper.core.lifecycle import State
 
 if TYPE_CHECKING:
     from labkeeper.client import Idle
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
         "labkeeper idle", "labkeeper idle demo", "labkeeper idle --json | jq '.servers[0]'"
     )
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=server_names(State.RUNNING))
 @as_json_option
 @where_options
 @click.pass_obj
@@ -44,7 +46,7 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
 
 
 @click.command(epilog=examples("labkeeper snooze demo --for 2h", "labkeeper snooze demo --for 0"))
-@name_argument
+@name_argument(State.RUNNING)
 @click.option(
     "--for",
     "time",

@@ -111,7 +111,7 @@ def _case(where: Where, gateway: Gateway | None) -> Case:
     from labkeeper.doctor.asked import ask  # noqa: PLC0415 - late
     from labkeeper.doctor.case import Case  # noqa: PLC0415 - late
     from labkeeper.serve.policies import own_secrets  # noqa: PLC0415 - late
-    from labkeeper.settings.sources import keeper_url  # noqa: PLC0415 - late
+    from labkeeper.settings.location import keeper_url  # noqa: PLC0415 - late
 
     settings = read_settings(where)
     scrub.KEEPER.learn(lambda: own_secrets(settings, token_of(settings)))

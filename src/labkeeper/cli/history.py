@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from labkeeper.cli.completion import name_argument, server_names
 from labkeeper.cli.connect import connected
-from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import (
     put,
     styled,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=examples("labkeeper logs -n 20", "labkeeper logs demo -f"))
-@name_argument
+@name_argument()
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until the server has ended.")
 @click.option(
     "-n",
@@ -43,7 +44,7 @@ def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
 @click.command(
     epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json")
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=server_names())
 @click.option("-f", "--follow", is_flag=True, help="Follow events until the keeper exits.")
 @click.option(
     "-n",

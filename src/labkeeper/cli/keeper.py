@@ -13,6 +13,7 @@ from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import is_terminal, print_json, put, waiting
 from labkeeper.forkserver.privileges import gain_nothing, hide
+from labkeeper.settings.location import PREFIX
 
 
 class _Serve(click.Command):
@@ -41,7 +42,6 @@ class _Serve(click.Command):
 def _settings_flags() -> tuple[click.Option, ...]:
     with loading():
         from labkeeper.settings.model import SECRETS, Settings  # noqa: PLC0415 - late
-        from labkeeper.settings.sources import PREFIX  # noqa: PLC0415 - late
 
     return tuple(
         _settings_flag(name, field, PREFIX + name.upper())

@@ -6,11 +6,15 @@ from typing import Final
 
 import click
 
+from labkeeper.cli.completion import name_argument
 from labkeeper.cli.connect import connected
-from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import print_json, put, say, waiting
 from labkeeper.core.errors import Conflict
 from labkeeper.core.lifecycle import State
+
+_STARTING: Final = (State.QUEUED, State.STARTING, State.BACKOFF)
+"""States that lead to a running server."""
 
 
 @click.command(
@@ -18,7 +22,7 @@ from labkeeper.core.lifecycle import State
         "labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"
     )
 )
-@name_argument
+@name_argument(State.RUNNING)
 @click.option(
     "--expires",
     "expires_in",
@@ -47,7 +51,7 @@ def link(
 
 
 @click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
-@name_argument
+@name_argument(State.RUNNING, *_STARTING)
 @click.option(
     "--print",
     "print_only",
@@ -60,7 +64,7 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
     """Open a running server in the browser."""
     with connected(where) as (client, _), waiting(f"waiting for '{name}'"):
         server = client.get(name)
-        if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
+        if server.state in _STARTING:
             server = client.get(name, wait_for=State.RUNNING)
         if server.lab_url is None:
             raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))

@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from labkeeper.core.spec import DEFAULT_NAME
-
 
 @dataclass(slots=True)
 class Where:
@@ -67,7 +65,6 @@ wait_option = click.option(
     metavar="SECONDS",
     help="Maximum time to wait; 0: do not wait.  [default: until it is done]",
 )
-name_argument = click.argument("name", default=DEFAULT_NAME)
 
 
 def pairs_of(option: str, texts: Sequence[str]) -> dict[str, str]:

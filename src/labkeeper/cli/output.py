@@ -107,13 +107,18 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.no_wrap = True
     for row in rows:
         cells = [Text(visible_line(cell)) for cell in row]
-        cells[1].style = _colour(row[1]).replace("bright_black", "dim")
+        cells[1].style = style_of(row[1])
         table.add_row(*cells)
     Console(file=sys.stdout).print(table)
 
 
 def _colour(state: str) -> str:
     return _COLOURS.get(State(state), "yellow") if state in set(State) else ""
+
+
+def style_of(state: str) -> str:
+    """Return the style in which rich shows a state; empty for an unknown one."""
+    return _colour(state).replace("bright_black", "dim")
 
 
 def coloured(state: str, stream: IO[str] | None) -> str:
@@ -123,14 +128,29 @@ def coloured(state: str, stream: IO[str] | None) -> str:
 
 def ago(moment: str) -> str:
     """Return the age of a time in one unit."""
+    seconds = _age(moment)
+    return moment if seconds is None else f"{_in_one_unit(seconds)} ago"
+
+
+def ahead(moment: str) -> str:
+    """Return how far a time is ahead, in one unit."""
+    seconds = _age(moment)
+    return moment if seconds is None else f"in {_in_one_unit(-seconds)}"
+
+
+def _age(moment: str) -> float | None:
+    """Return the age of a time in seconds; None if it is no time."""
     try:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
     except (TypeError, ValueError):
-        return moment
+        return None
+
+
+def _in_one_unit(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    return f"{max(0, int(seconds))} s ago"
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
 
 
 @contextmanager

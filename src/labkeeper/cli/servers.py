@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import click
 
+from labkeeper.cli.completion import name_argument, to_stop
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
+from labkeeper.cli.measures import cpus, measured, memory_of, mib
 from labkeeper.cli.options import (
     Where,
     as_json_option,
     examples,
-    name_argument,
     wait_option,
     where_options,
 )
@@ -74,7 +74,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
         def ask() -> list[Server]:
             return list(client.list(state=state, label=label))
 
-        servers = _measured(ask) if as_json or is_wide else ask()
+        servers = measured(ask) if as_json or is_wide else ask()
     if as_json:
         print_json({"servers": servers, "next": None})
         return
@@ -102,15 +102,11 @@ _WIDE: Final = 120
 
 def _measures(server: Server) -> tuple[str, str]:
     usage = server.usage
-    if usage is None:
-        return "-", "-"
-    # With shared memory divided, as group counts and resident sizes are not comparable.
-    memory = usage.memory if usage.memory_proportional is None else usage.memory_proportional
-    return _mib(memory), "-" if usage.cpus is None else f"{usage.cpus:.2f}"
+    return ("-", "-") if usage is None else (mib(memory_of(usage)), cpus(usage))
 
 
 @click.command(epilog=examples("labkeeper show", "labkeeper show demo --json | jq .pid"))
-@name_argument
+@name_argument()
 @as_json_option
 @where_options
 @click.pass_obj
@@ -120,7 +116,7 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     `open --print` and `--json` print those.
     """
     with connected(where) as (client, _), waiting("asking"):
-        (server,) = _measured(lambda: [client.get(name)])
+        (server,) = measured(lambda: [client.get(name)])
         kernels = [] if as_json else _kernels(client, server)
         libraries = [] if as_json else _libraries(client, server)
     if as_json:
@@ -139,29 +135,12 @@ def _limit(name: str, limit: Limit) -> str:
 
 def _usage(usage: Usage) -> str:
     shared = (
-        f" (PSS {_mib(usage.memory_proportional)})" if usage.memory_proportional is not None else ""
+        f" (PSS {mib(usage.memory_proportional)})" if usage.memory_proportional is not None else ""
     )
     busy = f" ({usage.cpus:.2f} CPUs now)" if usage.cpus is not None else ""
     processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
     cpu_time = f"CPU time {usage.cpu_seconds:.1f} s{busy}"
-    return f"memory {_mib(usage.memory)}{shared}, {cpu_time}, {processes}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"
-
-
-def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
-    """Request servers, again if a running one has no sample yet: requests start sampling."""
-    servers = ask()
-    if any(server.state == State.RUNNING and server.usage is None for server in servers):
-        time.sleep(_MEASURED_WITHIN)
-        servers = ask()
-    return servers
-
-
-_MEASURED_WITHIN: Final = 0.5
-"""Seconds."""
+    return f"memory {mib(usage.memory)}{shared}, {cpu_time}, {processes}"
 
 
 def _gateway(gateway: Gateway) -> str:
@@ -259,7 +238,7 @@ def _slept(server: Server) -> bool:
 @click.command(
     epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete", "labkeeper stop --all")
 )
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=to_stop)
 @click.option("--all", "every", is_flag=True, help="All servers.")
 @click.option("--force", is_flag=True, help="Kill immediately, without a graceful shutdown.")
 @click.option("--delete", is_flag=True, help="Also delete the server, with its spec and log.")
@@ -350,7 +329,7 @@ def _stopped(server: Server) -> str:
 
 
 @click.command(epilog=examples("labkeeper restart demo", "labkeeper restart spark --keep-kernels"))
-@name_argument
+@name_argument()
 @click.option(
     "--keep-kernels", is_flag=True, help="Keep kernels on the gateway running, and take them over."
 )
@@ -375,7 +354,7 @@ def restart(
     "rotate-token",
     epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"),
 )
-@name_argument
+@name_argument(State.RUNNING)
 @wait_option
 @as_json_option
 @where_options

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_
 
 import click
 
+from labkeeper.cli.completion import server_names
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
 from labkeeper.cli.options import (
@@ -26,7 +27,7 @@ from labkeeper.cli.options import (
 )
 from labkeeper.cli.output import print_json, put, say, waiting
 from labkeeper.core.errors import ClientError, LabkeeperError, ServerNotFound, StartFailed
-from labkeeper.core.lifecycle import State
+from labkeeper.core.lifecycle import AT_REST, State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _choices(kind: Any) -> tuple[str, ...]:
         ),
     ),
 )
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=server_names(*AT_REST))
 @click.option(
     "--json-spec",
     type=click.File(encoding="utf-8"),

@@ -382,13 +382,14 @@ class Calls:
         state: Iterable[State | str],
         label: Iterable[str],
         owner: str | None,
+        limit: int | None,
         cursor: str | None,
     ) -> Call[ServerList]:
         """List one page of servers."""
         query = {
             "state": [str(one) for one in state],
             "label": [*label],
-            **_given(owner=owner, cursor=cursor),
+            **_given(owner=owner, limit=limit, cursor=cursor),
         }
         return Call("GET", "/api/servers", reading(ServerList), query=query)
 

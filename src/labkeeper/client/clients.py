@@ -190,14 +190,18 @@ class Client(_Connection[httpx.Client, httpx.BaseTransport]):
         state: Iterable[State | str] = (),
         label: Iterable[str] = (),
         owner: str | None = None,
+        page_size: int | None = None,
     ) -> Iterator[Server]:
         """Yield the servers by name: those of the owner, in one of the states, with all labels.
 
-        A label is `key=value`, or `key` alone. Pages are requested one by one.
+        A label is `key=value`, or `key` alone. Pages are requested one by one, each of at most
+        `page_size` servers (default: the keeper's).
         """
         states, labels, cursor = [*state], [*label], None
         while True:
-            page = self._do(_CALLS.page(state=states, label=labels, owner=owner, cursor=cursor))
+            page = self._do(
+                _CALLS.page(state=states, label=labels, owner=owner, limit=page_size, cursor=cursor)
+            )
             yield from page.servers
             if (cursor := page.next) is None:
                 return
@@ -279,12 +283,13 @@ class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
         state: Iterable[State | str] = (),
         label: Iterable[str] = (),
         owner: str | None = None,
+        page_size: int | None = None,
     ) -> AsyncIterator[Server]:
         """Yield the servers by name, as `Client.list` does."""
         states, labels, cursor = [*state], [*label], None
         while True:
             page = await self._do(
-                _CALLS.page(state=states, label=labels, owner=owner, cursor=cursor)
+                _CALLS.page(state=states, label=labels, owner=owner, limit=page_size, cursor=cursor)
             )
             for server in page.servers:
                 yield server

@@ -13,8 +13,8 @@ from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.schema.requests.servers import Defaults
+from labkeeper.settings.location import PREFIX
 from labkeeper.settings.model import SECRETS, Settings, Source
-from labkeeper.settings.sources import PREFIX
 
 _MARGIN: Final = 5.0
 """Seconds."""

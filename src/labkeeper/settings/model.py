@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr
 
 from labkeeper.core.spec import KernelsBy
+from labkeeper.settings.location import default_state_dir
 from labkeeper.settings.types import (
     BytesOrShare,
     Directories,
@@ -29,10 +30,6 @@ from labkeeper.settings.types import (
     Seconds,
     Umask,
 )
-
-
-def _default_state_dir() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
 
 
 class Source(StrEnum):
@@ -96,7 +93,7 @@ class Settings(BaseModel):
         ),
     )
     state_dir: Directory = Field(
-        default_factory=_default_state_dir,
+        default_factory=default_state_dir,
         description=(
             "Directory of what outlives the keeper: its database, logs, and the owner's token. "
             "Created with mode 0700."

@@ -1,4 +1,4 @@
-"""Reads the settings; the only reader of our environment variables.
+"""Reads the settings. With `location`, the only reader of our environment variables.
 
 Sources, in order of precedence: the command line, the environment (`LABKEEPER_` and the name in
 capitals), the TOML file named by `LABKEEPER_CONFIG`, the default.
@@ -14,15 +14,10 @@ from typing import Any, Final
 from pydantic import SecretStr, ValidationError
 
 from labkeeper.core.errors import SettingsError
+from labkeeper.settings.location import CA_VARIABLE, CONFIG_VARIABLE, PREFIX, URL_VARIABLE
 from labkeeper.settings.model import SECRETS, Settings, Source
 from labkeeper.terminal import visible_line
 
-PREFIX: Final = "LABKEEPER_"
-CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
-URL_VARIABLE: Final = PREFIX + "URL"
-"""The keeper's URL for the command line, instead of the one in its state directory."""
-CA_VARIABLE: Final = PREFIX + "CA_FILE"
-"""Certificate authorities that the command line trusts besides the system's."""
 _OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX + "SERVER"})
 """Our variables that are not settings."""
 _SHORTEST_TOKEN: Final = 16
@@ -95,17 +90,6 @@ def _with_secret(settings: Settings, name: str) -> Settings:
     if getattr(settings, name) is not None:
         raise SettingsError(f"{variable} and {variable}_FILE are both set; unset one of them")
     return settings.model_copy(update={name: SecretStr(_secret_in(path, f"{variable}_FILE"))})
-
-
-def keeper_url() -> str | None:
-    """Return the keeper URL for the command line from the environment."""
-    return os.environ.get(URL_VARIABLE) or None
-
-
-def ca_file() -> Path | None:
-    """Return the certificate authorities' file for the command line from the environment."""
-    named = os.environ.get(CA_VARIABLE)
-    return Path(named).expanduser() if named else None
 
 
 def unknown_variables() -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 
 from engine import FORK, IMAGE, ROOT, docker
 from harness import run_cell, start_kernel, until
+from labkeeper.settings.location import PREFIX
 from labkeeper.settings.model import Settings
-from labkeeper.settings.sources import PREFIX
 
 MAX_IMAGE_MEGABYTES = 500
 """Maximum size of the image including its base; the documentation states the size."""

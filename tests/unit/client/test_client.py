@@ -190,6 +190,10 @@ def test_lists_cover_all_pages(running, client, tmp_path):
     with Client(URL, token=TOKEN, transport=RecordingTransport(one_by_one)) as small:
         assert [server.name for server in small.list()] == ["a", "b", "c"]
     assert len(asked) == 3
+    paged = RecordingTransport(real.handle_request)
+    with Client(URL, token=TOKEN, transport=paged) as paging:
+        assert [server.name for server in paging.list(page_size=2)] == ["a", "b", "c"]
+    assert [request.url.params["limit"] for request in paged.requests] == ["2", "2"]
     assert [server.name for server in client.list(label=["odd=True"])] == ["a", "c"]
     client.stop("a")
     assert [server.name for server in client.list(state=["stopped", State.FAILED])] == ["a"]
