@@ -129,6 +129,8 @@ def test_each_mistake_is_explained(tokens, browser, fields, shown):
 
 def test_revoking_a_token_is_confirmed_with_what_is_lost(tokens, sessions, browser):
     token, text = tokens.make("ci", Scope.READ, TokenLimits(), lifetime=None)
+    page = browser.get(f"{PATH}/tokens/ci/revoke")
+    assert "browser session" not in page.text
     sessions.sign_in(token.caller)
     page = browser.get(f"{PATH}/tokens/ci/revoke")
     for loss in ("stop working at once", "One browser session that it has opened ends"):
