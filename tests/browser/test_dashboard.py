@@ -83,7 +83,7 @@ def test_a_server_is_started_used_and_stopped_with_the_keyboard(keeper, home, pa
     code = "x = bytearray(300 * 2**20); print(6 * 7)"
     (keeper.notebook_dir / "big.ipynb").write_text(notebook(code))
     page.keyboard.press("n")
-    page.get_by_label("Name").wait_for()
+    page.locator("#name:focus").wait_for()
     page.keyboard.type("demo")
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="demo").wait_for()

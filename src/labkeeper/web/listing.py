@@ -108,7 +108,8 @@ def _key(services: Services, sort: str) -> Callable[[Snapshot], tuple[object, st
                 return snapshot.since
             case "used":
                 told = services.culler.cached(snapshot)
-                return (told.verdict.last_used_at or float("-inf")) + told.offset
+                used = None if told.looked_at is None else told.verdict.last_used_at
+                return (used or float("-inf")) + told.offset
             case "memory":
                 sample = services.usage(snapshot)
                 return 0 if sample is None else sample.usage.memory

@@ -49,6 +49,8 @@ def row_of(services: Services, snapshot: Snapshot, recent: RecentUsage | None = 
     """Return the row of a server, with charts of its recent usage."""
     sample, told = services.usage(snapshot), services.culler.cached(snapshot)
     spec, verdict = snapshot.spec, told.verdict
+    # Of a server that is never polled only its start is known.
+    used = None if told.looked_at is None else verdict.last_used_at
     return Row(
         snapshot.name,
         spec.description,
@@ -56,7 +58,7 @@ def row_of(services: Services, snapshot: Snapshot, recent: RecentUsage | None = 
         snapshot.state,
         detail_of(snapshot),
         snapshot.since,
-        _seconds(told, verdict.last_used_at),
+        _seconds(told, used),
         None if sample is None else sample.usage.memory,
         spec.limits.memory,
         None if sample is None else sample.cpus,
