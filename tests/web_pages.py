@@ -105,8 +105,12 @@ class Stream:
         return self
 
     def __exit__(self, *_):
-        self._ends.set()
+        self.end()
         self._thread.join()
+
+    def end(self):
+        """Stop reading soon."""
+        self._ends.set()
 
     def __iter__(self):
         return self

@@ -319,7 +319,7 @@ class Calls:
         """Create a one-time link that signs a browser in, with this client's permissions.
 
         `expires_in`, by default a minute, is in seconds, or text such as `10m`. Raises Conflict
-        (Labs have no host names of their own), InvalidSpec.
+        (there is no host name for it), InvalidSpec.
         """
         return Call("POST", "/api/me/link", reading(Link), body=_given(expires_in=expires_in))
 
