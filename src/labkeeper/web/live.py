@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from labkeeper.api.streaming import EVENT_STREAM, gone
 from labkeeper.core.errors import LabkeeperError
 from labkeeper.web.pages import Content, html, whole
 
-_TOGETHER: Final = 0.2
-"""Seconds in which changes are sent together."""
+_TOGETHER: Final = (0.1, 0.4)
+"""The least and the most seconds from a change until it is sent."""
 _EVERY: Final = 2.0
 """Seconds after which it looks for what is no change of a server, such as usage."""
 _SHARE: Final = 0.02
@@ -61,9 +62,10 @@ def _looks(services: Services) -> Iterator[str]:
     while True:
         seen = services.keeper.changes
         yield ""
-        # Changes that come together are sent together.
-        time.sleep(_TOGETHER)
         services.keeper.wait(seen, _EVERY)
+        # Changes that come together are sent together, and not to all tabs at the same time: that
+        # would delay the start that has caused them.
+        time.sleep(random.uniform(*_TOGETHER))  # noqa: S311 - nothing secret
 
 
 def _changes(
