@@ -21,7 +21,7 @@ from labkeeper.core.errors import InvalidSpec, LabkeeperError, SessionNotFound, 
 from labkeeper.core.spec import QualifiedName, parse_qualified_name
 from labkeeper.schema.queries import SessionPath, TokenPath
 from labkeeper.schema.requests.access import TokenRequest
-from labkeeper.web.pages import Content, html, redirect, whole
+from labkeeper.web.pages import Content, ask, html, redirect, whole
 
 _HOME: Final = "/dashboard/access"
 _FIELDS: Final = ("name", "scope", "servers", "labels", "users", "expires_in")
@@ -203,5 +203,4 @@ def _many(count: int, what: str) -> str:
 
 
 def _question(services: Services, title: str, losses: Sequence[str]) -> Response:
-    given = {"question": title, "losses": losses, "back": _HOME}
-    return html(whole(services, Content(title, "revoke.html", given=given)))
+    return ask(services, title, losses, verb="Revoke", back=_HOME)

@@ -11,6 +11,7 @@ from werkzeug.exceptions import NotFound
 
 from labkeeper.api.handlers import servers
 from labkeeper.api.handlers.common import Answer, find_server
+from labkeeper.api.handlers.sign_in import HOME
 from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendError, InvalidSpec, LabkeeperError, RequestError
 from labkeeper.core.server import Kernel, Snapshot
@@ -142,4 +143,4 @@ def _given(services: Services, command: Command, names: Sequence[str]) -> Respon
     )
     if wants_piece() or errors:
         return notices(services, text, [error.message for error in errors])
-    return redirect("/dashboard/")
+    return redirect(HOME)

@@ -36,6 +36,7 @@ from labkeeper.web import (
     assets,
     commands,
     keeper,
+    kernels,
     opening,
     server,
     servers,
@@ -56,6 +57,7 @@ class Route:
 
 
 _NAMED: Final = "/dashboard/servers/<name>"
+_KERNEL: Final = f"{_NAMED}/kernels/<kernel>"
 _ACCESS: Final = "/dashboard/access"
 ROUTES: Final = (
     Route("GET", "/dashboard/", SEE_SERVERS, servers.list_servers),
@@ -67,7 +69,8 @@ ROUTES: Final = (
     Route("GET", f"{_NAMED}/open", MANAGE_SERVER, opening.open_lab),
     Route("POST", f"{_NAMED}/snooze", MANAGE_SERVER, server.snooze),
     Route("POST", f"{_NAMED}/link", MANAGE_SERVER, server.make_link),
-    Route("POST", f"{_NAMED}/kernels/<kernel>/<command>", MANAGE_SERVER, server.command_kernel),
+    Route("GET", f"{_KERNEL}/<command>", MANAGE_SERVER, kernels.confirm),
+    Route("POST", f"{_KERNEL}/<command>", MANAGE_SERVER, kernels.give),
     Route("GET", f"{_NAMED}/<command>", MANAGE_SERVER, commands.confirm),
     Route("POST", f"{_NAMED}/<command>", MANAGE_SERVER, commands.give),
     Route("POST", "/dashboard/many/<command>", MANAGE_SERVERS, commands.give_many),

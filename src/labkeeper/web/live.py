@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from labkeeper.api.handlers.common import acquire_stream, live_answer
 from labkeeper.api.services import Services
-from labkeeper.api.streaming import EVENT_STREAM, gone
-from labkeeper.core.errors import LabkeeperError
+from labkeeper.api.streaming import EVENT_STREAM, gone, wants_stream
+from labkeeper.core.errors import LabkeeperError, RequestError
 from labkeeper.web.pages import Content, html, whole
 
 _TOGETHER: Final = (0.1, 0.4)
@@ -43,7 +43,7 @@ def page(
 
     `looks` waits before each look, and yields events of its own that it has waited for, or "".
     """
-    if _FOLLOW in request.args:
+    if wants_stream(asked=_FOLLOW in request.args):
         return _stream(services, following, looks or functools.partial(_looks, services))
     sent = request.query_string.decode("ascii", "replace")
     follow = f"{request.path}?{sent}&{_FOLLOW}" if sent else f"{request.path}?{_FOLLOW}"
@@ -86,17 +86,19 @@ def _changes(
         began, worked = time.monotonic(), time.thread_time()
         if services.keeper.changes == seen and began < due:
             continue
-        seen = services.keeper.changes
+        seen, due = services.keeper.changes, began + _EVERY
         try:
             now = following()
-        except LabkeeperError as error:
+        except RequestError as error:
             # As when the server is deleted. The page keeps what it shows.
             yield event(error.message, "ended")
             return
+        except LabkeeperError:
+            # The disk may be full, say: its part has logged it, and the next look may succeed.
+            continue
         yield _difference(shown, now)
         shown = now
         time.sleep((time.thread_time() - worked) / _SHARE)
-        due = began + _EVERY
 
 
 def _difference(before: Content | None, now: Content) -> str:

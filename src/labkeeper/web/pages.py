@@ -94,6 +94,24 @@ def wants_piece() -> bool:
     return "HX-Request" in request.headers
 
 
+def ask(
+    services: Services,
+    question: str,
+    losses: Sequence[str],
+    *,
+    verb: str,
+    back: str,
+    stays: bool = False,
+) -> Response:
+    """Return a question whose button, with a verb, posts to the path that is asked for.
+
+    `losses` are sentences; `back` is the page that it leads back to. `stays`: with scripts, the
+    page from which somebody asks stays, since it follows what happens.
+    """
+    given = {"question": question, "losses": losses, "verb": verb, "back": back, "stays": stays}
+    return html(whole(services, Content(question, "question.html", given=given)))
+
+
 def notices(services: Services, done: str, wrong: Sequence[str] = ()) -> Response:
     """Return what has come of a command: a piece for a script, else a page."""
     given = {"done": done, "wrong": wrong}

@@ -15,7 +15,8 @@ from labkeeper.api.handlers.common import caller, find_server
 from labkeeper.api.problems import invalid_request
 from labkeeper.api.services import Services
 from labkeeper.core.access import View
-from labkeeper.core.errors import BackendError, Conflict
+from labkeeper.core.durations import format_duration
+from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import HistoryEntry, HistoryKind
 from labkeeper.core.server import Kernel, Snapshot
@@ -69,9 +70,10 @@ def snooze(services: Services, name: str) -> Response:
     """Postpone the culling of a server."""
     body = _valid(SnoozeRequest, {"for": request.form.get("for", "")})
     culling.snooze_server(services, ServerPath(name=name), body)
-    return _done(
-        services, name, f"Server {name} is not stopped as idle for {body.time / 3600:g} h."
+    what = (
+        f"is not stopped as idle for {format_duration(body.time)}" if body.time else "can be idle"
     )
+    return _done(services, name, f"Server {name} {what}.")
 
 
 def make_link(services: Services, name: str) -> Response:
@@ -82,26 +84,6 @@ def make_link(services: Services, name: str) -> Response:
     if wants_piece():
         return html(render("link.html", given))
     return html(whole(services, Content("A link", "link.html", given=given)))
-
-
-def command_kernel(services: Services, name: str, kernel: str, command: str) -> Response:
-    """Interrupt, restart or end a kernel."""
-    snapshot = find_server(services, ServerPath(name=name))
-    if snapshot.endpoint is None:
-        raise Conflict(f"cannot {command} a kernel of server '{name}': it is {snapshot.state}")
-    probe = services.probe
-    commands = {
-        "interrupt": (probe.interrupt_kernel, "was interrupted"),
-        "restart": (probe.restart_kernel, "was restarted"),
-        "end": (probe.end_kernel, "was ended"),
-    }
-    if command not in commands or kernel not in {k.id for k in probe.kernels(snapshot.endpoint)}:
-        raise Conflict(
-            f"cannot {command[:20]} this kernel: server '{name}' does not have it any more"
-        )
-    give, done = commands[command]
-    give(snapshot.endpoint, kernel)
-    return _done(services, name, f"The kernel {done}.")
 
 
 def _valid(model: type[Any], sent: Mapping[str, object]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -11,7 +12,7 @@ from werkzeug.datastructures import MultiDict
 
 from harness import until
 from labkeeper.core.access import Scope
-from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.errors import BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Create
 from labkeeper.core.server import (
@@ -226,11 +227,21 @@ def test_kernels_are_commanded(site, command):
     assert (done.status_code, done.headers["Location"]) == (303, "/dashboard/servers/lab")
     assert probe.given == [(command, "k-1")]
     assert browser.post(f"/dashboard/servers/lab/kernels/k-2/{command}").status_code == 409
-    assert browser.post("/dashboard/servers/lab/kernels/k-1/explode").status_code == 409
+    for method in (browser.get, browser.post):
+        assert method("/dashboard/servers/lab/kernels/k-1/explode").status_code == 404
+    question = browser.get(f"/dashboard/servers/lab/kernels/k-1/{command}")
+    if command == "interrupt":
+        assert question.status_code == 404
+    else:
+        assert "What it holds in memory is lost" in question.text
+    piece = browser.post(
+        f"/dashboard/servers/lab/kernels/k-1/{command}", headers={"HX-Request": "true"}
+    )
+    assert "The kernel was" in piece.text
     browser.post("/dashboard/servers/lab/stop")
     until(lambda: site.running.keeper.get("lab").state is State.STOPPED)
     assert browser.post(f"/dashboard/servers/lab/kernels/k-1/{command}").status_code == 409
-    assert probe.given == [(command, "k-1")]
+    assert probe.given == [(command, "k-1")] * 2
 
 
 def test_culling_is_postponed(site):
@@ -239,6 +250,11 @@ def test_culling_is_postponed(site):
     browser.get("/dashboard/servers/lab")
     assert browser.post("/dashboard/servers/lab/snooze", **{"for": "4h"}).status_code == 303
     assert site.running.keeper.get("lab").snoozed_until is not None
+    ended = browser.post(
+        "/dashboard/servers/lab/snooze", headers={"HX-Request": "true"}, **{"for": "0"}
+    )
+    assert "can be idle" in ended.text
+    assert site.running.keeper.get("lab").snoozed_until is None
     assert browser.post("/dashboard/servers/lab/snooze", **{"for": "long"}).status_code == 422
 
 
@@ -370,6 +386,27 @@ def test_the_page_of_a_server_follows_its_log_until_it_is_deleted(site):
         browser.post("/dashboard/servers/lab/delete")
         assert "lab" in next(data for name, data in events if name == "ended")
         assert list(events) == []
+
+
+def test_a_stream_outlives_a_full_disk(site):
+    start(site)
+    looks = itertools.count()
+
+    def recent(_names, _points):
+        if next(looks) == 1:
+            raise StoreError("the disk is full")
+        return {}
+
+    site.running.services = replace(site.running.services, recent_usage=recent)
+    site.__post_init__()
+    browser = site.browser()
+    browser.get(SERVERS)
+    looks = itertools.count()
+    with browser.follow("/dashboard/?follow") as events:
+        next(events), next(events)
+        browser.post("/dashboard/servers/lab/stop")
+        assert any("state stopped" in data for _, data in events)
+    assert next(looks) > 2
 
 
 def test_a_stream_ends_with_its_session(site):
