@@ -15,12 +15,14 @@ import psutil
 from harness import until
 
 _LAUNCH = (
-    "import fcntl, os, sys, termios\n"
+    "import fcntl, os, signal, sys, termios\n"
     "os.setsid()\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     "os.execvp(sys.argv[1], sys.argv[1:])\n"
 )
-"""Makes stdin the controlling terminal, from which signals come."""
+"""Makes stdin the controlling terminal, from which signals come. If the tests are run by nohup(1),
+the command would ignore the end of its own terminal, too."""
 _SEQUENCE = re.compile(r"\x1b\[(?P<arguments>[?0-9;]*)(?P<kind>[A-Za-z])")
 ALTERNATE_ON, ALTERNATE_OFF = "\x1b[?1049h", "\x1b[?1049l"
 CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"

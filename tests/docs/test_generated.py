@@ -53,3 +53,26 @@ def test_a_block_that_is_missing_from_the_pages_is_named(copy):
     checked = generate("--check", "--root", copy)
     assert checked.returncode == 1
     assert "no page holds the blocks: commands" in checked.stderr
+
+
+def check_pictures(root):
+    command = [sys.executable, root / "scripts" / "take-screenshots", "--check"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_pictures_are_of_the_present_dashboard():
+    checked = check_pictures(ROOT)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_pictures_of_an_earlier_dashboard_are_reported(tmp_path):
+    web = Path("src", "labkeeper", "web")
+    shutil.copytree(ROOT / web, tmp_path / web)
+    for path in ("scripts/take-screenshots", "docs/images/dashboard.sha256"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    assert check_pictures(tmp_path).returncode == 0
+    with (tmp_path / web / "static" / "dashboard.css").open("a") as sheet:
+        sheet.write("body { color: red; }")
+    checked = check_pictures(tmp_path)
+    assert (checked.returncode, "make screenshots" in checked.stderr) == (1, True)
