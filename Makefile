@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all test-docker soak bench lint format docs lock clean
+.PHONY: help setup run test test-all test-docker soak bench lint format docs screenshots lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ format: setup ## Format the code
 
 docs: setup ## Build the documentation into docs/_build
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
+
+screenshots: setup ## Take the pictures in docs/images anew (needs Chromium)
+	$(BIN)/python scripts/take-screenshots
 
 lock: setup ## Update the hashed requirements (needs uv)
 	@scripts/lock --upgrade

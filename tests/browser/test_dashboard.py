@@ -140,12 +140,14 @@ PAGES = {
 
 
 def test_nothing_keeps_people_from_using_a_page(keeper, home, page):
-    keeper.post(name="lab", labels={"team": "blue"}, description="A lab for tests")
+    keeper.post(
+        name="lab", labels={"team": "blue"}, description="A lab for tests", idle_timeout="2h"
+    )
     page.goto(f"{home}/dashboard/")
     found = violations(page, "signed-out")
     sign_in(keeper, page)
     for scheme in ("light", "dark"):
-        for width in (320, 1280):
+        for width in (320, 1160, 1280):
             page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": 800})
             for name, path in PAGES.items():

@@ -16,6 +16,18 @@ from labkeeper.web.pages import Content
 from labkeeper.web.rendering import render
 from labkeeper.web.rows import rendered, row_of
 
+_ORDER: Final = (
+    State.RUNNING,
+    State.STARTING,
+    State.QUEUED,
+    State.BACKOFF,
+    State.FAILED,
+    State.LOST,
+    State.STOPPING,
+    State.KILLING,
+    State.STOPPED,
+)
+"""All states, as their counts are shown."""
 _POINTS: Final = 36
 """Points of a small chart: three minutes."""
 
@@ -40,7 +52,7 @@ def _content(services: Services, query: listing.Query) -> Content:
     }
     counts = render(
         "counts.html",
-        {"states": found.states, "count": len(servers), "order": list(State), "query": query},
+        {"states": found.states, "count": len(servers), "order": _ORDER, "query": query},
     )
     pages = -(-found.count // listing.PAGE)
     given = {"query": query, "count": found.count, "pages": pages, "any": bool(servers)}

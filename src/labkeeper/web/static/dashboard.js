@@ -5,7 +5,7 @@ const $ = (id) => document.getElementById(id)
 
 // Times: how long ago, or how long until, kept current.
 
-const relative = new Intl.RelativeTimeFormat('en', { numeric: 'auto' })
+const relative = new Intl.RelativeTimeFormat('en', { numeric: 'auto', style: 'short' })
 const UNITS = [['day', 86400], ['hour', 3600], ['minute', 60], ['second', 1]]
 
 function age(seconds) {
