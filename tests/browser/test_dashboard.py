@@ -201,6 +201,17 @@ def test_a_page_recovers_when_the_keeper_comes_back(keeper, home, page):
     assert page.evaluate("window.same") is True
 
 
+def test_a_question_about_what_is_gone_is_answered(keeper, home, page, wrong):
+    keeper.post(name="lab")
+    sign_in(keeper, page)
+    # As if the stream had not told it yet.
+    page.locator("#stream").evaluate("stream => stream.remove()")
+    keeper.delete("lab")
+    page.locator("#server-lab").get_by_text("Stop", exact=True).click()
+    page.locator("#notices", has_text="lab").get_by_role("alert").wait_for()
+    assert page.locator("dialog[open]").count() == 0
+
+
 STOP = """
 url => fetch(url, {method: 'POST', credentials: 'include', mode: 'no-cors',
                    body: new URLSearchParams({csrf: ''})})

@@ -7,11 +7,17 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import httpx
 import pytest
 
-from harness import PATIENCE
+from harness import PATIENCE, until
+from labkeeper.core.lifecycle import State
+from labkeeper.core.messages import Create
+from labkeeper.core.server import Sample, Usage
+from labkeeper.testing.fakes import a_spec
+from web_pages import a_dashboard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux")
 
@@ -89,3 +95,43 @@ def test_fifty_tabs_do_not_slow_a_start_down(keeper):
             time.sleep(0.05)
         assert len(tabs.seen) >= TABS
     assert during <= 2 * before + 0.05, f"{during:.3f} s with tabs, {before:.3f} s without"
+
+
+MOST = 0.05
+"""Seconds of the keeper's processor for one page."""
+
+
+def test_a_page_of_two_thousand_servers_is_cheap_while_fifty_look(tmp_path, monkeypatch):
+    """Over the fake backend: so many real ones would need more memory than there is."""
+    with a_dashboard(tmp_path) as site, ExitStack() as streams:
+        keeper = site.running.keeper
+        keeper.ask(Create(a_spec("lab")))
+        until(lambda: keeper.get("lab").state is State.RUNNING)
+        one = keeper.get("lab")
+        many = [replace(one, spec=replace(one.spec, name=f"lab-{at:04}")) for at in range(2000)]
+        samples = {
+            snapshot.name: Sample(1, 0.0, Usage(hash(snapshot.name) % 2**30, 1.0, 2, 5), 0.1)
+            for snapshot in many
+        }
+        monkeypatch.setattr(keeper, "all", lambda: sorted(many, key=lambda s: s.name))
+        usage = lambda snapshot: samples.get(snapshot.name)  # noqa: E731 - as a service is
+        site.running.services = replace(site.running.services, usage=usage)
+        site.__post_init__()
+        browser, looking = site.browser(), []
+        for at in range(TABS):
+            events = streams.enter_context(browser.follow(f"/dashboard/?q=lab-0{at % 10}&follow"))
+            looking.append(events)
+            next(events), next(events)
+        # All together, or each would be waited for on its own.
+        streams.callback(lambda: [events.end() for events in looking])
+
+        def cost(query):
+            began = time.thread_time()
+            page = browser.get(f"/dashboard/?{query}")
+            spent = time.thread_time() - began
+            assert page.text.count("<tr id=") == 100
+            return spent
+
+        for query in ("q=lab&sort=memory", "q=lab-1&sort=used&order=descending", "page=20"):
+            cost(query)
+            assert statistics.median(cost(query) for _ in range(9)) <= MOST, query

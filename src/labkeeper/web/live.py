@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from flask import Response, request, stream_with_context
-from markupsafe import Markup
 
 from labkeeper.api.handlers.common import acquire_stream, live_answer
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import EVENT_STREAM, gone, wants_stream
 from labkeeper.core.errors import LabkeeperError, RequestError
-from labkeeper.web.pages import Content, html, whole
+from labkeeper.web.pages import Content, html, partial, whole
 
 _TOGETHER: Final = (0.1, 0.4)
 """The least and the most seconds from a change until it is sent."""
@@ -24,8 +23,6 @@ _EVERY: Final = 2.0
 """Seconds after which it looks for what is no change of a server, such as usage."""
 _SHARE: Final = 0.02
 """The largest part of a processor that one stream may use."""
-_PARTIAL: Final = Markup('<hx-partial hx-target="#{}" hx-swap="{}">{}</hx-partial>')
-
 _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 
 
@@ -104,9 +101,9 @@ def _changes(
 def _difference(before: Content | None, now: Content) -> str:
     """Return what turns a page into another: the changed elements, or all if others exist."""
     if before is None or list(before.parts) != list(now.parts) or before.given != now.given:
-        return event(_PARTIAL.format("live", "innerMorph", now.text))
+        return event(partial("live", now.text, "innerMorph"))
     changed = (
-        _PARTIAL.format(name, "outerMorph", part)
+        partial(name, part, "outerMorph")
         for name, part in now.parts.items()
         if part != before.parts[name]
     )

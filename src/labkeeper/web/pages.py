@@ -24,6 +24,8 @@ POLICY: Final = (
 )
 """What the pages may load and do (w3.org/TR/CSP3)."""
 
+_PARTIAL: Final = Markup('<hx-partial hx-target="#{}" hx-swap="{}">{}</hx-partial>')
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -112,11 +114,17 @@ def ask(
     return html(whole(services, Content(question, "question.html", given=given)))
 
 
+def partial(element: str, content: Markup, swap: str) -> Markup:
+    """Return content for the element with an id, for which a script has not asked or not alone."""
+    return _PARTIAL.format(element, swap, content)
+
+
 def notices(services: Services, done: str, wrong: Sequence[str] = ()) -> Response:
     """Return what has come of a command: a piece for a script, else a page."""
     given = {"done": done, "wrong": wrong}
     if wants_piece():
-        return html(render("notices.html", given))
+        # Also if a question was asked for, say, which would be shown elsewhere.
+        return html(partial("notices", render("notices.html", given), "innerHTML"))
     return html(
         whole(services, Content("Done" if done else "Not done", "outcome.html", given=given))
     )
