@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from harness import alive, forked, parent_of, until
+from kernel_processes import SPARE, titled
 
 CYCLES = int(os.environ.get("CYCLES", "20"))
 WARM_UP = 20
@@ -55,7 +56,10 @@ def test_starting_and_deleting_many_servers_leaks_no_resources(make_keeper):
     forkserver = parent_of(forked(keeper))
     assert keeper.delete().status_code == 200
     run_cycles(keeper, WARM_UP)
-    until(psutil.Process(forkserver).children, what="the fork server to prepare the next child")
+    until(
+        lambda: any(titled(child, SPARE) for child in psutil.Process(forkserver).children()),
+        what="the fork server to prepare the next child",
+    )
     before, size = count_resources(keeper, forkserver), memory(keeper.process.pid, forkserver)
     run_cycles(keeper, CYCLES)
     assert alive(forkserver)
