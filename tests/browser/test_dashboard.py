@@ -201,6 +201,17 @@ def test_a_page_recovers_when_the_keeper_comes_back(keeper, home, page):
     assert page.evaluate("window.same") is True
 
 
+def test_a_page_is_live_although_a_script_of_it_comes_late(keeper, home, page, wrong):
+    def answer_late(route):
+        page.wait_for_timeout(500)
+        route.continue_()
+
+    page.route("**/vendored/hx-sse*", answer_late)
+    sign_in(keeper, page)
+    keeper.post(name="lab")
+    page.locator("#server-lab .state.running").wait_for()
+
+
 def test_a_question_about_what_is_gone_is_answered(keeper, home, page, wrong):
     keeper.post(name="lab")
     sign_in(keeper, page)
