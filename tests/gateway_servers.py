@@ -478,6 +478,7 @@ ANSWERS = {
     "503": _plain(503, "<h1>busy</h1>", kind="text/html"),
     "redirect": _plain(302, more="Location: https://login.example/?next=here\r\n"),
     "html": _plain(200, "<!doctype html><title>Welcome</title>", kind="text/html"),
+    "markup": _plain(503, {"reason": "<img src=x onerror=alert(1)>\x1b[31m\u202e" + "x" * 10_000}),
     "other json": _plain(200, {"status": "fine"}),
     "json list": _plain(200, []),
     "nothing": _plain(200, ""),

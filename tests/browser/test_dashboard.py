@@ -8,7 +8,8 @@ import sys
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from harness import until
+from gateway_servers import HostileGateway
+from harness import start_kernel, until
 from pages import notebook, run_cell_in_page
 
 pytestmark = [
@@ -185,6 +186,37 @@ def test_what_others_have_written_does_nothing(keeper, home, page, wrong):
     page.goto(f"{home}/dashboard/?q={EVIL}")
     page.goto(f"{home}/dashboard/activity?server={EVIL}")
     assert page.locator("main img").count() == 0
+
+
+@pytest.mark.parametrize("mode", ["markup", "html", "redirect", "garbage", "endless"])
+def test_what_a_gateway_answers_does_nothing(home, keeper, page, wrong, mode):
+    sign_in(keeper, page)
+    page.goto(f"{home}/dashboard/start")
+    with HostileGateway(mode) as gateway:
+        page.get_by_text("Kernels elsewhere").click()
+        page.get_by_label("URL").fill(gateway.url)
+        page.get_by_role("button", name="Check it").click()
+        page.locator("#gateway .wrong").wait_for()
+        page.get_by_label("Name").fill("lab")
+        page.get_by_role("button", name="Start").last.click()
+        page.locator("#status .state.failed").wait_for()
+        page.get_by_text("gateway").first.wait_for()
+        for where in ("/dashboard/servers/lab", "/dashboard/", "/dashboard/activity"):
+            page.goto(f"{home}{where}")
+            assert page.locator("main img").count() == 0
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_a_kernel_with_an_odd_name_does_nothing(home, keeper, page, wrong):
+    with HostileGateway() as gateway:
+        start_kernel(keeper.post(name="lab", **gateway.options).json())
+        for kernel in gateway.kernels.values():
+            kernel["name"] = EVIL + "x" * 10_000
+        sign_in(keeper, page)
+        page.goto(f"{home}/dashboard/servers/lab")
+        page.locator("#kernels", has_text="<img src").wait_for()
+        assert page.locator("main img").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 def test_a_page_recovers_when_the_keeper_comes_back(keeper, home, page):
