@@ -21,6 +21,8 @@ nitpicky = True
 html_theme = "furo"
 html_title = "labkeeper"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["drawings.css"]
 
 
 def setup(app: Sphinx) -> None:

@@ -52,18 +52,20 @@ def notebook(code):
     return json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": spec, "cells": [cell]})
 
 
-def run_cell_in_page(page, output):
+def run_cell_in_page(page, output, lab=None):
     """Run the first cell, and return whether it shows that output.
 
     The Lab ignores the request until it is connected. On a busy machine it may open a dialog
-    first, such as for the choice of a kernel, which is accepted.
+    first, such as for the choice of a kernel, which is accepted. `lab` is its frame,
+    if it is in one.
     """
-    question = page.locator(".jp-Dialog .jp-mod-accept")
+    lab = lab or page
+    question = lab.locator(".jp-Dialog .jp-mod-accept")
     with contextlib.suppress(sync_api.TimeoutError):
         if question.count():
             question.first.click(timeout=2000)
-        page.locator(".jp-Notebook .cm-content").first.click(timeout=2000)
+        lab.locator(".jp-Notebook .cm-content").first.click(timeout=2000)
         page.keyboard.press("Control+Enter")
-        page.locator(".jp-OutputArea-output").get_by_text(output, exact=True).wait_for(timeout=2000)
+        lab.locator(".jp-OutputArea-output").get_by_text(output, exact=True).wait_for(timeout=2000)
         return True
     return False
