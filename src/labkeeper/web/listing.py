@@ -17,6 +17,8 @@ from labkeeper.core.server import Snapshot
 PAGE: Final = 100
 """Servers on one page."""
 _SORTS: Final = ("name", "state", "since", "used", "memory", "cpus")
+_MOST_FIRST: Final = ("memory", "cpus")
+"""Orders that begin with the largest, which is what people look for."""
 _MOST_WORDS: Final = 200
 """Characters of a search."""
 
@@ -57,8 +59,8 @@ class Query:
 
     def sorted_by(self, sort: str) -> str:
         """Return the query of an address for another order, or the opposite one."""
-        turned = sort == self.sort and not self.descending
-        order = "descending" if turned else None
+        descending = not self.descending if sort == self.sort else sort in _MOST_FIRST
+        order = "descending" if descending else None
         return self.address(sort=None if sort == "name" else sort, order=order, page=None)
 
     def holds(self, snapshot: Snapshot) -> bool:

@@ -101,6 +101,7 @@ def _content(services: Services, snapshot: Snapshot) -> Content:
     told = services.culler.cached(snapshot)
     row = row_of(services, snapshot)
     kernels, why = _kernels(services, snapshot)
+    spec = snapshot.spec
     view = View(snapshot.name, caller().owner, caller().limits)
     events = services.event_log.latest(view, limit=_EVENTS)
     given: dict[str, Any] = {
@@ -109,6 +110,7 @@ def _content(services: Services, snapshot: Snapshot) -> Content:
         "snapshot": snapshot,
         "sample": services.usage(snapshot),
         "told": told,
+        "has_rules": bool(spec.idle_timeout or spec.max_age or spec.sleep_after),
         "kernels": kernels,
         "why_unknown": why,
         "events": events[::-1][:_SHOWN],
@@ -119,7 +121,7 @@ def _content(services: Services, snapshot: Snapshot) -> Content:
         snapshot.name,
         "server.html",
         {part: render(f"server-{part}.html", given) for part in _PARTS},
-        {"name": snapshot.name},
+        {"name": snapshot.name, "has_rules": given["has_rules"]},
         charts=True,
     )
 

@@ -105,6 +105,10 @@ def test_the_address_of_a_list_keeps_what_was_chosen():
     assert query.address() == "?q=a+b&state=running&sort=memory&page=2"
     assert query.sorted_by("memory") == "?q=a+b&state=running&sort=memory&order=descending"
     assert query.sorted_by("name") == "?q=a+b&state=running"
+    # The largest first, and then the smallest.
+    assert query.sorted_by("cpus") == "?q=a+b&state=running&sort=cpus&order=descending"
+    most = Query.of(MultiDict({"sort": "cpus", "order": "descending"}))
+    assert most.sorted_by("cpus") == "?sort=cpus"
     assert query.address(state=None, page=None) == "?q=a+b&sort=memory"
 
 
