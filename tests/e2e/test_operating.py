@@ -60,12 +60,12 @@ def test_a_backup_of_a_running_keeper_is_restored_as_printed(keeper, run, tmp_pa
     assert {path.name for path in backup.iterdir()} >= {"labkeeper.sqlite", "token"}
     assert readable_by_others(backup) == []
 
-    # What the backup holds is lost, and something newer exists.
+    # Delete what is in the backup, and create a server that is not.
     keeper.delete("kept")
     keeper.http.delete("/api/tokens/ci")
     late = keeper.post(name="late").json()
     token = keeper.token
-    # Its last changes are not in the database's own file yet.
+    # Its last changes are in the write-ahead log only.
     keeper.kill()
     assert (keeper.state_dir / "labkeeper.sqlite-wal").stat().st_size
     (keeper.state_dir / "token").unlink()
