@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from debugger import Debugger
+from harness import until
 from kernel_state import assert_same, expect_of_forked, normal, snapshot
 from odd_libraries import PRELOADED, UNFIT
 
@@ -318,7 +319,16 @@ def test_debugger_steps_into_a_library(kernel):
 
 def test_keeper_tells_which_libraries_are_loaded_and_why_others_are_not(library_servers, server):
     keeper = library_servers.keeper
-    told = {one["name"]: one for one in keeper.http.get("/readyz").json()["preload"]}
+
+    def preloaded():
+        return {one["name"]: one for one in keeper.http.get("/readyz").json()["preload"]}
+
+    # Executed kernels do not wait for the libraries.
+    until(
+        lambda: all(one["loaded"] is not None for one in preloaded().values()),
+        what="the libraries to be loaded or left out",
+    )
+    told = preloaded()
     unfit = {name: UNFIT[name][1] for name in PRELOADED if name in UNFIT}
     assert list(told) == PRELOADED
     for name, one in told.items():
